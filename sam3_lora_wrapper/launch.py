@@ -1,0 +1,122 @@
+"""Start of a run: compose the configuration, check it, and report mistakes in one message."""
+
+import logging
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException, InstantiationException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from .errors import UserError
+
+CONFIGS = Path(__file__).resolve().parent.parent / "sam3_lora_configs"
+
+OmegaConf.register_new_resolver("is_cuda", lambda device: device == "cuda", replace=True)
+OmegaConf.register_new_resolver("iou_type", lambda m: "segm" if m else "bbox", replace=True)
+
+
+def compose_config(config: str, overrides: list[str] = ()):
+    """Compose a run's configuration.
+
+    Args:
+        config: name of a file in sam3_lora_configs (`lora_base` or `lora_base.yaml`), path of a
+            YAML file anywhere, or name of one of the official package's own configurations.
+        overrides: Hydra overrides, e.g. `lora.rank=16`.
+
+    Returns:
+        The composed DictConfig; `config_name` in it is the name of the file.
+
+    Raises:
+        UserError: the configuration is not there, or a value in it is missing.
+    """
+    path = Path(config)
+    own = CONFIGS / path.with_suffix(".yaml").name
+    folder, name = CONFIGS, config
+    if path.parent == Path(".") and own.is_file():
+        name = own.stem
+    elif path.is_file():
+        folder, name = path.resolve().parent, path.stem
+    search = f"hydra.searchpath=[file://{CONFIGS},pkg://sam3.train]"
+    with initialize_config_dir(str(folder), version_base="1.2"):
+        cfg = compose(name, overrides=[search, *overrides])
+    if "config_name" in cfg.keys():
+        cfg.config_name = path.stem
+    missing = OmegaConf.missing_keys(cfg)
+    if missing:
+        raise UserError(
+            f"{', '.join(sorted(missing))}: no value in {config}. "
+            f"Give one on the command line: {sorted(missing)[0]}=..."
+        )
+    return cfg
+
+
+def check_run(cfg) -> None:
+    """Look at what a run needs before any model is built.
+
+    Raises:
+        UserError: CUDA or a dataset that the run asks for is not there.
+    """
+    from .data import load_coco
+
+    trainer = cfg.trainer
+    if trainer.get("accelerator") == "cuda" and not cfg.submitit.use_cluster:
+        require_cuda()
+    for split in ("train", "val"):
+        dataset = (trainer.data.get(split) or {}).get("dataset")
+        if dataset is not None:
+            load_coco(dataset.ann_file, dataset.img_folder)
+
+
+def require_cuda() -> None:
+    """Raise UserError unless PyTorch sees a CUDA device."""
+    if not torch.cuda.is_available():
+        raise UserError(
+            "accelerator: cuda was asked for, but PyTorch sees no CUDA device. "
+            "Install a driver and a CUDA build of PyTorch, or run with trainer.accelerator=cpu"
+        )
+
+
+def require_batches(loader) -> None:
+    """Log the steps per epoch of a loader, or raise UserError where there are none."""
+    if len(loader) == 0:
+        raise UserError(
+            f"the loader is empty: {len(loader.dataset)} images do not fill one batch of "
+            f"{loader.batch_size} (training.batch_size x training.gradient_accumulation_steps) "
+            "on every GPU. Lower one of these or raise training.multiplier"
+        )
+    logging.info(
+        f"{len(loader)} steps per epoch: {len(loader.dataset)} images, {loader.batch_size} per step"
+    )
+
+
+def _user_error(error: BaseException) -> BaseException | None:
+    """The mistake of the user among an exception and its causes, if there is one."""
+    chain = []
+    while error is not None:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    for kinds in (UserError, (HydraException, OmegaConfBaseException)):
+        for e in chain:
+            if isinstance(e, kinds) and not isinstance(e, InstantiationException):
+                return e
+    return None
+
+
+@contextmanager
+def readable_errors():
+    """End the program with one message and status 1 where the user can put the error right."""
+    try:
+        yield
+    except Exception as error:
+        mistake = _user_error(error)
+        if mistake is None:
+            raise
+        logging.shutdown()
+        print(f"error: {mistake}", file=sys.stderr, flush=True)
+        # Loader workers and process groups of the failed run must not keep it alive.
+        os._exit(1)
