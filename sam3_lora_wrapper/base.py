@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from hydra.utils import get_object, instantiate
-from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from .errors import UserError
@@ -62,7 +61,7 @@ def _check_targets(config) -> None:
             _check_targets(value)
 
 
-def build_base(base: dict | DictConfig, weights: str) -> nn.Module:
+def build_base(base: dict, weights: str) -> nn.Module:
     """Build the base model and load its weights.
 
     Args:
@@ -76,8 +75,6 @@ def build_base(base: dict | DictConfig, weights: str) -> nn.Module:
         UserError: the weights cannot be had, or do not fit the model key by key.
     """
     require_generated()
-    if isinstance(base, DictConfig):
-        base = OmegaConf.to_container(base, resolve=True)
     _check_targets(base)
     model = instantiate(base)
     if weights == "random":

@@ -1,11 +1,48 @@
-"""`_target_` of `trainer.model`: an official SAM3, with LoRA adapters or trainable as a whole."""
+"""`_target_` of `trainer.model`: an official SAM3 with LoRA adapters, or trainable as a whole."""
 
-from omegaconf import DictConfig
+import logging
+
 from torch import nn
 
-from .base import build_base
+from .adapters import Lora
+from .base import build_base, fingerprint
+from .config import LoraConfig
 
 
-def trainable_base(base: DictConfig, weights: str, resolution: int, lora: None = None) -> nn.Module:
+def trainable_base(base: dict, weights: str, masks: bool, **_unused) -> nn.Module:
     """The official model, every parameter trainable: full fine-tuning."""
-    return build_base(base, weights)
+    model = build_base(base, weights)
+    if not masks:
+        model.segmentation_head = None
+    return model
+
+
+def lora_model(
+    base: dict, weights: str, resolution: int, lora: dict, masks: bool = True
+) -> nn.Module:
+    """Build the official base, freeze it and inject LoRA adapters.
+
+    Args:
+        base: Hydra configuration of the official model.
+        weights: where its weights come from (see base.build_base).
+        resolution: side of the square input images, in pixels; recorded for inference.
+        lora: the `lora` section (see config.LoraConfig).
+        masks: whether masks are trained; without them the segmentation head is left out of
+            training and stays that of the base at inference.
+
+    Returns:
+        The official model, its adapters under `model.lora`; only they require gradients.
+    """
+    model = build_base(base, weights)
+    record = {
+        "config": base,
+        "weights": str(weights),
+        "fingerprint": fingerprint(model),
+        "resolution": int(resolution),
+    }
+    if not masks:
+        model.segmentation_head = None
+    adapters = Lora(model, record)
+    adapters.add(LoraConfig.from_dict(lora))
+    logging.info("LoRA adapters:\n" + adapters.table())
+    return model

@@ -1,0 +1,105 @@
+"""Adapter files: what `checkpoint_last.pt` holds, and a model rebuilt from it.
+
+A file holds the adapter's tensors, the LoRA configuration, and what its base was: the Hydra
+configuration that builds it, where its weights came from, and their fingerprint. It holds only
+tensors and plain values, so it loads with `weights_only=True`.
+"""
+
+import os
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .adapters import Lora
+from .base import build_base, fingerprint, read_checkpoint
+from .config import LoraConfig
+from .errors import UserError
+
+FORMAT = "sam3-lora"
+VERSION = 1
+
+
+def write_atomically(path: str | Path, write) -> None:
+    """Call `write(file)` on a file beside `path` and put it in the place of `path` when done."""
+    temporary = Path(f"{path}.tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save_adapter(lora: Lora, path: str | Path, epoch: int | None = None) -> None:
+    """Write the active adapter of a model.
+
+    Args:
+        lora: the adapters of a model (`model.lora`).
+        path: file to write, replaced atomically.
+        epoch: number of epochs trained.
+    """
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "adapter": {k: v.cpu() for k, v in lora.state_dict().items()},
+        "lora": lora.named[lora.active[0]].config.to_dict(),
+        "base": lora.record,
+        "epoch": epoch,
+        "packages": {name: version(name) for name in ("sam3", "torch")},
+    }
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def read_adapter(path: str | Path) -> dict:
+    """Read an adapter file.
+
+    Raises:
+        UserError: it is missing, cut short, not an adapter, or of a newer version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file. Training writes checkpoints/checkpoint_last.pt")
+    content = read_checkpoint(path)
+    if content.get("format") != FORMAT:
+        hint = " (this is the trainer's own checkpoint: take checkpoint_last.pt beside it)" \
+            if "optimizer" in content else ""
+        raise UserError(f"{path} is not an adapter of SAM3-LoRA{hint}")
+    if content["version"] > VERSION:
+        raise UserError(
+            f"{path} was written by a newer SAM3-LoRA (format {content['version']}, this one reads "
+            f"up to {VERSION}): update this repository"
+        )
+    return content
+
+
+def check_base(recorded: str, model: nn.Module, path: str | Path) -> None:
+    """Raise UserError where an adapter was trained on a base with other weights."""
+    if recorded != fingerprint(model):
+        raise UserError(
+            f"{path} was trained on a base with other weights (fingerprint {recorded[:12]}, this "
+            f"base {fingerprint(model)[:12]}). Give the base it was trained on with --base"
+        )
+
+
+def load_model(path: str | Path | None, weights: str | None = None) -> nn.Module:
+    """Rebuild base and adapter from an adapter file.
+
+    Args:
+        path: file written by `save_adapter`.
+        weights: where the base's weights are, if not where they were in training.
+
+    Returns:
+        The official model with the adapter active (`model.lora`), on the CPU, in eval mode.
+
+    Raises:
+        UserError: the file or the base is not what it must be.
+    """
+    content = read_adapter(path)
+    base = content["base"]
+    model = build_base(base["config"], weights or base["weights"])
+    check_base(base["fingerprint"], model, path)
+    lora = Lora(model, base)
+    lora.add(LoraConfig.from_dict(content["lora"]))
+    lora.load_state_dict(content["adapter"])
+    return model.eval()

@@ -1,0 +1,89 @@
+"""What is adapted and how: the `lora` section of a configuration."""
+
+from dataclasses import asdict, dataclass, field, fields
+
+from .errors import UserError
+
+KINDS = ("q", "k", "v", "out", "fc1", "fc2")
+GROUPS = {"attention": ("q", "k", "v", "out"), "feed_forward": ("fc1", "fc2")}
+
+
+def expand_kinds(kinds) -> tuple[str, ...]:
+    """Layer kinds that a list of kinds and groups names, in the order of KINDS."""
+    named = {kind for entry in kinds for kind in GROUPS.get(entry, (entry,))}
+    return tuple(kind for kind in KINDS if kind in named)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """The `lora` section, checked.
+
+    Args:
+        rank: r, the number of columns of B and rows of A.
+        alpha: the update is scaled by alpha / rank.
+        dropout: share of A's input features dropped in training.
+        components: for each component, the layer kinds to adapt: any of `attention` (q, k, v,
+            out), `feed_forward` (fc1, fc2) or single kinds.
+        layers: for each component, which of its blocks: [first, last], `last N` or `first N`;
+            all where it is not named.
+        rank_pattern: rank of the layers whose name matches a pattern (fnmatch over
+            `<module>.<kind>`), instead of `rank`.
+        alpha_pattern: the same for alpha.
+        modules_to_save: modules trained in full and stored with the adapter.
+        bias: `none`, `lora_only` (of the adapted modules) or `all`: biases trained and stored.
+        use_rslora: scale by alpha / sqrt(rank).
+        use_dora: weight-decomposed LoRA.
+        init: `kaiming` or `pissa`.
+
+    Raises:
+        UserError: a value is impossible; the message names the field and the value.
+    """
+
+    rank: int = 8
+    alpha: float = 16
+    dropout: float = 0.0
+    components: dict = field(default_factory=dict)
+    layers: dict = field(default_factory=dict)
+    rank_pattern: dict = field(default_factory=dict)
+    alpha_pattern: dict = field(default_factory=dict)
+    modules_to_save: list = field(default_factory=list)
+    bias: str = "none"
+    use_rslora: bool = False
+    use_dora: bool = False
+    init: str = "kaiming"
+
+    @classmethod
+    def from_dict(cls, values) -> "LoraConfig":
+        """Build from a mapping; an unknown key is an error that lists the known ones."""
+        known = [f.name for f in fields(cls)]
+        unknown = [key for key in values if key not in known]
+        if unknown:
+            raise UserError(f"lora.{unknown[0]}: no such key. Known: {', '.join(known)}")
+        return cls(**values)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    def __post_init__(self):
+        ranks = {"rank": self.rank} | {f"rank_pattern[{k}]": v for k, v in self.rank_pattern.items()}
+        for name, value in ranks.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UserError(f"lora.{name}={value!r}: must be a whole number of at least 1")
+        alphas = {"alpha": self.alpha} | {f"alpha_pattern[{k}]": v for k, v in self.alpha_pattern.items()}
+        for name, value in alphas.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+                raise UserError(f"lora.{name}={value!r}: must be a number above 0")
+        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
+            raise UserError(f"lora.dropout={self.dropout!r}: must be in [0, 1)")
+        for name, allowed in (("bias", ("none", "lora_only", "all")), ("init", ("kaiming", "pissa"))):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"lora.{name}={getattr(self, name)!r}: must be one of {', '.join(allowed)}")
+        for component, kinds in self.components.items():
+            if not isinstance(kinds, (list, tuple)):
+                raise UserError(f"lora.components.{component}={kinds!r}: must be a list of layer kinds")
+            for kind in kinds:
+                if kind not in KINDS and kind not in GROUPS:
+                    raise UserError(
+                        f"lora.components.{component}: no layer kind {kind!r}. "
+                        f"Known: {', '.join([*GROUPS, *KINDS])}"
+                    )

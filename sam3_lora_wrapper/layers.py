@@ -1,0 +1,252 @@
+"""The LoRA math: an adapted weight is W + B A, with the scaling alpha / rank folded into B.
+
+`Adapter` holds the factors of one weight; `adapt` gives a module adapters in place, by making
+its class a subclass that knows them:
+
+- `AdaptedLinear` computes y = x Wᵀ + b + (x Aᵀ) Bᵀ and keeps nothing for backward but x;
+- `AdaptedAttention` is any nn.MultiheadAttention: the official forward, fused attention
+  included, reads `in_proj_weight` (and `out_proj.weight`) and gets W + B A.
+
+Both also answer `module.weight` or `module.in_proj_weight` with W + B A, so code that reads a
+weight instead of calling its module sees the adapters too. The base weight stays where it was,
+under its own name in the state dict, and is never written to while adapters are active.
+
+LoRA: https://arxiv.org/abs/2106.09685, rsLoRA: https://arxiv.org/abs/2312.03732,
+DoRA: https://arxiv.org/abs/2402.09353, PiSSA: https://arxiv.org/abs/2404.02948
+"""
+
+import math
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LowRankLinear(torch.autograd.Function):
+    """y = x Wᵀ + b + (x Aᵀ) Bᵀ for a frozen W; x Aᵀ is recomputed in backward, not kept.
+
+    Shapes: x (..., in), W (out, in), b (out), A (R, in), B (out, R). Under autocast every
+    product is taken in the autocast dtype; A and B get gradients in their own dtype.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, A, B):
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        x = x.to(dtype)
+        y = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+        rows = x.reshape(-1, x.shape[-1])
+        y.view(-1, y.shape[-1]).addmm_(rows @ A.to(dtype).T, B.to(dtype).T)
+        ctx.save_for_backward(x, weight, A, B)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, A, B = ctx.saved_tensors
+        need_x, _, need_bias, need_A, need_B = ctx.needs_input_grad
+        rows, a, b = x.reshape(-1, x.shape[-1]), A.to(x.dtype), B.to(x.dtype)
+        out = dy.reshape(-1, dy.shape[-1])
+        out_b = out @ b
+        dx = dA = dB = None
+        if need_x:
+            dx = (out @ weight.to(x.dtype)).addmm_(out_b, a).view(x.shape)
+        if need_A:
+            dA = (out_b.T @ rows).to(A.dtype)
+        if need_B:
+            dB = (out.T @ (rows @ a.T)).to(B.dtype)
+        return dx, None, out.sum(0) if need_bias else None, dA, dB
+
+
+class Adapter(nn.Module):
+    """The factors of one named adapter of one weight, a pair for each adapted slice of its rows.
+
+    Args:
+        shape: (out, in) of the weight.
+        slices: rows that each slice covers, e.g. {"q": (0, 256), "v": (512, 768)}.
+        rank: rank of each slice.
+        alpha: numerator of the scaling of each slice.
+        dropout: share of A's input features dropped in training, for all tokens alike. It costs
+            no memory and works where the weight is only read, as in nn.MultiheadAttention.
+        use_rslora: scale by alpha / sqrt(rank) instead of alpha / rank.
+        use_dora: learn the norm of every row beside its direction.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        slices: dict[str, tuple[int, int]],
+        rank: dict[str, int],
+        alpha: dict[str, float],
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+        use_dora: bool = False,
+    ):
+        super().__init__()
+        self.shape, self.slices, self.dropout, self.use_dora = tuple(shape), slices, dropout, use_dora
+        self.scaling = {
+            s: alpha[s] / (math.sqrt(rank[s]) if use_rslora else rank[s]) for s in slices
+        }
+        self.lora_A = nn.ParameterDict()
+        self.lora_B = nn.ParameterDict()
+        for name, (start, stop) in slices.items():
+            self.lora_A[name] = nn.Parameter(torch.empty(rank[name], shape[1]))
+            self.lora_B[name] = nn.Parameter(torch.zeros(stop - start, rank[name]))
+            nn.init.kaiming_uniform_(self.lora_A[name], a=math.sqrt(5))
+        self.lora_magnitude = nn.ParameterDict()
+        self.start = None
+
+    @torch.no_grad()
+    def initialise(self, weight: Tensor, init: str = "kaiming") -> None:
+        """Set what depends on the weight that is adapted: DoRA's magnitudes, PiSSA's factors.
+
+        Args:
+            weight: the base weight, (out, in).
+            init: `kaiming` (B = 0) or `pissa` (the leading singular vectors of each slice).
+        """
+        for name, (start, stop) in self.slices.items():
+            block = weight[start:stop].float()
+            if self.use_dora:
+                self.lora_magnitude[name] = nn.Parameter(block.norm(dim=1))
+            if init == "pissa":
+                rank = len(self.lora_A[name])
+                U, S, Vh = torch.linalg.svd(block, full_matrices=False)
+                root = S[:rank].sqrt()
+                self.lora_A[name].copy_(root[:, None] * Vh[:rank])
+                self.lora_B[name].copy_(U[:, :rank] * root / self.scaling[name])
+        if init == "pissa":
+            # PiSSA trains the leading part of W and freezes the rest. W itself stays as it is
+            # here: the initial product is subtracted instead of being taken out of W.
+            self.start = nn.ParameterDict(
+                {f"{kind}_{name}": nn.Parameter(factors[name].clone(), requires_grad=False)
+                 for kind, factors in (("A", self.lora_A), ("B", self.lora_B)) for name in self.slices}
+            )
+
+    def _blocks(self, A: dict, B: dict, sign: float) -> tuple[Tensor, Tensor]:
+        placed = [
+            F.pad(sign * self.scaling[name] * B(name), (0, 0, start, self.shape[0] - stop))
+            for name, (start, stop) in self.slices.items()
+        ]
+        return torch.cat([A(name) for name in self.slices]), torch.cat(placed, 1)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (R, in) and B (out, R) of the whole weight, scaling folded into B."""
+        A, B = self._blocks(self.lora_A.__getitem__, self.lora_B.__getitem__, 1.0)
+        if self.start is not None:
+            A0, B0 = self._blocks(
+                lambda n: self.start[f"A_{n}"], lambda n: self.start[f"B_{n}"], -1.0
+            )
+            A, B = torch.cat([A, A0]), torch.cat([B, B0], 1)
+        if self.training and self.dropout > 0:
+            A = A * F.dropout(torch.ones_like(A[:1]), self.dropout)
+        return A, B
+
+    def row_scale(self, weight: Tensor) -> Tensor:
+        """DoRA's factor of every row, (out,): magnitude over the norm of W + B A, which is constant."""
+        with torch.no_grad():
+            norm = weight.norm(dim=1)
+        parts, row = [], 0
+        for name, (start, stop) in self.slices.items():
+            parts += [norm.new_ones(start - row), self.lora_magnitude[name] / norm[start:stop]]
+            row = stop
+        return torch.cat([*parts, norm.new_ones(self.shape[0] - row)])
+
+
+class Adapted:
+    """Mixin of a module that carries adapters for one of its weights."""
+
+    weight_name = "weight"
+
+    @property
+    def base_weight(self) -> nn.Parameter:
+        """The weight as the base model has it (after `merge`: with the merged adapters)."""
+        return self._parameters[self.weight_name]
+
+    def active_adapters(self) -> list[Adapter]:
+        return [] if self.merged_from is not None else [self.adapters[n] for n in self.active]
+
+    def active_factors(self) -> tuple[Tensor, Tensor] | None:
+        """A and B of all active adapters together, or None where there is none."""
+        factors = [adapter.factors() for adapter in self.active_adapters()]
+        if not factors:
+            return None
+        return torch.cat([A for A, _ in factors]), torch.cat([B for _, B in factors], 1)
+
+    def adapted_weight(self) -> Tensor:
+        """W + B A (with DoRA: its rows scaled), computed in float32 at least."""
+        factors, weight = self.active_factors(), self.base_weight
+        if factors is None:
+            return weight
+        A, B = factors
+        with torch.autocast(weight.device.type, enabled=False):
+            adapted = weight.to(A.dtype) + B @ A
+            for adapter in self.active_adapters():
+                if adapter.use_dora:
+                    adapted = adapter.row_scale(adapted)[:, None] * adapted
+        return adapted
+
+
+class AdaptedLinear(Adapted):
+    """nn.Linear with adapters."""
+
+    weight = property(Adapted.adapted_weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        adapters = self.active_adapters()
+        if not adapters:
+            return F.linear(x, self.base_weight, self.bias)
+        if any(adapter.use_dora for adapter in adapters):
+            return F.linear(x, self.adapted_weight(), self.bias)
+        A, B = self.active_factors()
+        if torch.compiler.is_compiling():  # the compiler decides itself what to keep
+            return F.linear(x, self.base_weight, self.bias) + F.linear(F.linear(x, A), B)
+        return LowRankLinear.apply(x, self.base_weight, self.bias, A, B)
+
+
+class AdaptedAttention(Adapted):
+    """nn.MultiheadAttention with adapters for its packed projection."""
+
+    weight_name = "in_proj_weight"
+    in_proj_weight = property(Adapted.adapted_weight)
+
+
+@lru_cache(maxsize=None)
+def _adapted_class(mixin: type, cls: type) -> type:
+    return type(f"Adapted{cls.__name__}", (mixin, cls), {"base_class": cls})
+
+
+def adapt(module: nn.Module) -> nn.Module:
+    """Make a linear or attention module able to carry adapters; does nothing where it is."""
+    if not isinstance(module, Adapted):
+        mixin = AdaptedAttention if hasattr(module, "in_proj_weight") else AdaptedLinear
+        module.__class__ = _adapted_class(mixin, type(module))
+        module.adapters, module.active, module.merged_from = nn.ModuleDict(), (), None
+    return module
+
+
+def restore(module: nn.Module) -> nn.Module:
+    """Undo `adapt`: the module is what it was, with the weight it has now."""
+    module.__class__ = module.base_class
+    del module.adapters, module.active, module.merged_from
+    return module
+
+
+@torch.no_grad()
+def merge(module: nn.Module, keep: bool = True) -> None:
+    """Write W + B A into the weight; `keep` a copy of W, so that `unmerge` is exact."""
+    if module.merged_from is None and module.active:
+        weight = module.base_weight
+        was_training = module.training
+        module.adapters.eval()
+        adapted = module.adapted_weight().to(weight.dtype)
+        module.adapters.train(was_training)
+        module.merged_from = weight.clone() if keep else weight.new_empty(0)
+        weight.copy_(adapted)
+
+
+@torch.no_grad()
+def unmerge(module: nn.Module) -> None:
+    """Put back the weight that `merge` replaced, bit for bit."""
+    if module.merged_from is not None:
+        module.base_weight.copy_(module.merged_from)
+        module.merged_from = None

@@ -1,0 +1,163 @@
+"""Which layers are adapted: components, layer kinds and blocks of the official model."""
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from .config import LoraConfig, expand_kinds
+from .errors import UserError
+
+COMPONENTS = {
+    "vision_encoder": "backbone.vision_backbone.trunk.blocks",
+    "text_encoder": "backbone.language_backbone.encoder.transformer.resblocks",
+    "geometry_encoder": "geometry_encoder.encode",
+    "detr_encoder": "transformer.encoder.layers",
+    "detr_decoder": "transformer.decoder.layers",
+    "segmentation_head": "segmentation_head",
+}
+FEED_FORWARD = {"fc1": "fc1", "fc2": "fc2", "c_fc": "fc1", "c_proj": "fc2", "linear1": "fc1", "linear2": "fc2"}
+
+
+@dataclass(frozen=True)
+class Target:
+    """One weight to adapt.
+
+    Args:
+        component: key of COMPONENTS.
+        module: full name of the module that owns the weight.
+        shape: (out, in) of the weight.
+        slices: rows of each adapted layer kind.
+        rank: rank of each kind.
+        alpha: alpha of each kind.
+    """
+
+    component: str
+    module: str
+    shape: tuple[int, int]
+    slices: dict
+    rank: dict
+    alpha: dict
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters that adapting this weight adds."""
+        return sum(
+            self.rank[k] * (stop - start + self.shape[1]) for k, (start, stop) in self.slices.items()
+        )
+
+
+def _weights(module: nn.Module, name: str):
+    """(module name, weight, its layer kinds in row order) for each weight that `module` owns."""
+    # By shape, not by class: later versions of SAM3 have an attention class of their own.
+    if all(hasattr(module, a) for a in ("in_proj_weight", "out_proj", "num_heads")):
+        yield name, module.in_proj_weight, ("q", "k", "v")
+        yield f"{name}.out_proj", module.out_proj.weight, ("out",)
+    elif isinstance(getattr(module, "qkv", None), nn.Linear):
+        yield f"{name}.qkv", module.qkv.weight, ("q", "k", "v")
+        yield f"{name}.proj", module.proj.weight, ("out",)
+    for child, kind in FEED_FORWARD.items():
+        layer = module._modules.get(child)
+        if isinstance(layer, nn.Linear):
+            yield f"{name}.{child}", layer.weight, (kind,)
+
+
+def component_module(model: nn.Module, component: str) -> nn.Module | None:
+    """Root module of a component, or None where the model has none."""
+    try:
+        return model.get_submodule(COMPONENTS[component])
+    except AttributeError:
+        return None
+
+
+def _selected_blocks(choice, count: int, component: str) -> range:
+    """Blocks that an entry of `lora.layers` names."""
+    if choice is None:
+        return range(count)
+    words = choice.split() if isinstance(choice, str) else None
+    if words and len(words) == 2 and words[0] in ("first", "last") and words[1].isdigit():
+        size = int(words[1])
+        if 1 <= size <= count:
+            return range(size) if words[0] == "first" else range(count - size, count)
+    elif isinstance(choice, (list, tuple)) and len(choice) == 2 and all(isinstance(c, int) for c in choice):
+        if 0 <= choice[0] <= choice[1] < count:
+            return range(choice[0], choice[1] + 1)
+    raise UserError(
+        f"lora.layers.{component}={choice!r}: must be [first, last], `first N` or `last N` "
+        f"within its {count} blocks (0 to {count - 1})"
+    )
+
+
+def _pattern_value(patterns: dict, layer: str, default, what: str):
+    """Value of the pattern that matches a layer; two that disagree are an error."""
+    values = {p: v for p, v in patterns.items() if fnmatchcase(layer, p)}
+    if len(set(values.values())) > 1:
+        raise UserError(f"lora.{what}: {layer} matches patterns that disagree: {values}")
+    return next(iter(values.values()), default)
+
+
+def _component_targets(model: nn.Module, component: str, config: LoraConfig):
+    """Targets of one component; what it has none of is an error that names what exists."""
+    root, path = component_module(model, component), COMPONENTS[component]
+    if root is None:
+        there = [c for c in COMPONENTS if component_module(model, c) is not None]
+        raise UserError(f"lora.components.{component}: this model has none. It has: {', '.join(there)}")
+    wanted = expand_kinds(config.components[component])
+    blocks = _selected_blocks(config.layers.get(component), len(list(root.children())), component) \
+        if isinstance(root, nn.ModuleList) else None
+    targets, existing = [], set()
+    for name, module in root.named_modules(prefix=path):
+        block = name[len(path) + 1:].split(".")[0]
+        for owner, weight, kinds in _weights(module, name):
+            existing.update(kinds)
+            if blocks is not None and (not block or int(block) not in blocks):
+                continue
+            rows = weight.shape[0] // len(kinds)
+            slices = {k: (i * rows, (i + 1) * rows) for i, k in enumerate(kinds) if k in wanted}
+            if slices:
+                targets.append(_target(component, owner, weight.shape, slices, config))
+    absent = [kind for kind in wanted if kind not in existing]
+    if absent:
+        raise UserError(
+            f"lora.components.{component}: it has no layer of kind {', '.join(absent)}. "
+            f"It has: {', '.join(sorted(existing))}"
+        )
+    return targets
+
+
+def _target(component: str, owner: str, shape, slices: dict, config: LoraConfig) -> Target:
+    rank = {k: _pattern_value(config.rank_pattern, f"{owner}.{k}", config.rank, "rank_pattern") for k in slices}
+    alpha = {k: _pattern_value(config.alpha_pattern, f"{owner}.{k}", config.alpha, "alpha_pattern") for k in slices}
+    for kind, (start, stop) in slices.items():
+        limit = min(stop - start, shape[1])
+        if rank[kind] > limit:
+            raise UserError(
+                f"lora.rank={rank[kind]} is above the dimension of {owner} ({kind}: {stop - start} x "
+                f"{shape[1]}): at most {limit} there. Lower it, or set lora.rank_pattern for that layer"
+            )
+    return Target(component, owner, tuple(shape), slices, rank, alpha)
+
+
+def find_targets(model: nn.Module, config: LoraConfig) -> list[Target]:
+    """All weights that a configuration adapts, in the model's order.
+
+    Works on a model on the meta device too, so a plan can be listed without any weights.
+
+    Raises:
+        UserError: a component, layer kind, block or pattern matches nothing.
+    """
+    unknown = [c for c in [*config.components, *config.layers] if c not in COMPONENTS]
+    if unknown:
+        raise UserError(f"lora.components.{unknown[0]}: no such component. Known: {', '.join(COMPONENTS)}")
+    targets = []
+    for component, kinds in config.components.items():
+        if kinds:
+            targets += _component_targets(model, component, config)
+    layers = [f"{t.module}.{k}" for t in targets for k in t.slices]
+    for what in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, what):
+            if not any(fnmatchcase(layer, pattern) for layer in layers):
+                raise UserError(f"lora.{what}: {pattern!r} matches no adapted layer, e.g. {layers[:1]}")
+    if not targets and not config.modules_to_save:
+        raise UserError("lora.components: nothing is adapted. Give at least one component a layer kind")
+    return targets
