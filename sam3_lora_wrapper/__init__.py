@@ -1,0 +1,27 @@
+"""LoRA adapters for the official SAM 3, trained by the official trainer.
+
+The public names are imported when they are asked for: the patched official package imports
+parts of this one, and must not import all of it.
+"""
+
+from importlib import import_module
+
+_PUBLIC = {
+    "Lora": "adapters",
+    "LoraConfig": "config",
+    "Detection": "predictor",
+    "Predictor": "predictor",
+    "draw": "predictor",
+    "open_image": "predictor",
+    "load_model": "checkpoint",
+    "save_adapter": "checkpoint",
+    "lora_model": "wrapper",
+    "UserError": "errors",
+}
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str):
+    if name in _PUBLIC:
+        return getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -76,10 +76,13 @@ def build_base(base: dict, weights: str) -> nn.Module:
     """
     require_generated()
     _check_targets(base)
-    model = instantiate(base)
-    if weights == "random":
-        initialise_text_tensors(model)
-    else:
+    # Seeded, so that a base of random weights can be rebuilt for the adapter trained on it.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = instantiate(base)
+        if weights == "random":
+            initialise_text_tensors(model)
+    if weights != "random":
         load_weights(model, find_weights(weights))
     return model.train()
 

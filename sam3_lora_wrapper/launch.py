@@ -2,7 +2,9 @@
 
 import logging
 import os
+import re
 import sys
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +15,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .errors import UserError
+
+# Said at every import of the official package, of no use to who runs it.
+for _noise in ("`torch.jit.script` is deprecated", "CUDA is not available or torch_xla is imported"):
+    warnings.filterwarnings("ignore", message=re.escape(_noise))
 
 CONFIGS = Path(__file__).resolve().parent.parent / "sam3_lora_configs"
 

@@ -39,6 +39,7 @@ def lora_model(
         "weights": str(weights),
         "fingerprint": fingerprint(model),
         "resolution": int(resolution),
+        "parameters": sum(p.numel() for p in model.parameters()),
     }
     if not masks:
         model.segmentation_head = None
