@@ -132,7 +132,7 @@ def read_checkpoint(path: Path) -> dict:
     """Read a file written by torch.save, refusing anything but tensors and plain values."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
         raise UserError(f"{path} cannot be read: cut short, or not a PyTorch checkpoint") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")

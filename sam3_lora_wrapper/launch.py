@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torch.multiprocessing import ProcessExitedException
 
 from .errors import UserError
 
@@ -52,13 +53,22 @@ def compose_config(config: str, overrides: list[str] = ()):
         cfg = compose(name, overrides=[search, *overrides])
     if "config_name" in cfg.keys():
         cfg.config_name = path.stem
-    missing = OmegaConf.missing_keys(cfg)
+    missing = list(_missing(OmegaConf.to_container(cfg, resolve=False)))
     if missing:
         raise UserError(
-            f"{', '.join(sorted(missing))}: no value in {config}. "
-            f"Give one on the command line: {sorted(missing)[0]}=..."
+            f"{', '.join(missing)}: no value in {config}. "
+            f"Give one on the command line: {missing[0]}=..."
         )
     return cfg
+
+
+def _missing(node, path: str = ""):
+    """Dotted names of the values below a node that are still `???`."""
+    if node == "???":
+        yield path[1:]
+    elif isinstance(node, dict):
+        for key, value in node.items():
+            yield from _missing(value, f"{path}.{key}")
 
 
 def check_run(cfg) -> None:
@@ -110,6 +120,11 @@ def _user_error(error: BaseException) -> BaseException | None:
         for e in chain:
             if isinstance(e, kinds) and not isinstance(e, InstantiationException):
                 return e
+    if any(isinstance(e, FloatingPointError) or "invalid numeric entries" in str(e) for e in chain):
+        return UserError(
+            "training diverged: the loss or the predictions are not finite. The last checkpoint is "
+            "kept. Lower training.lr, or leave trainer.optim.amp.amp_dtype at bfloat16"
+        )
     return None
 
 
@@ -118,6 +133,8 @@ def readable_errors():
     """End the program with one message and status 1 where the user can put the error right."""
     try:
         yield
+    except ProcessExitedException as error:
+        os._exit(error.exit_code)  # the process has said why itself
     except Exception as error:
         mistake = _user_error(error)
         if mistake is None:
