@@ -1,16 +1,17 @@
 """The library from Python: run `make demo` first, then `python example_usage.py`."""
 
 import json
+import sys
 from pathlib import Path
 
 from sam3_lora_wrapper import Predictor, draw, load_model, open_image
 
-DEMO = Path(__file__).parent / "outputs" / "demo"
+DEMO = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "outputs" / "demo"
 
 
 def main() -> None:
     if not (DEMO / "summary.json").is_file():
-        raise SystemExit("outputs/demo/summary.json is missing: run `make demo` first")
+        raise SystemExit(f"{DEMO}/summary.json is missing: run `make demo` first")
     summary = json.loads((DEMO / "summary.json").read_text())
 
     # The official model with the trained adapter: `model.lora` is the adapter.

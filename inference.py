@@ -25,7 +25,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    from sam3_lora_wrapper.predictor import Predictor, draw, open_image
+    from sam3_lora_wrapper.image_files import open_image
+    from sam3_lora_wrapper.predictor import Predictor, draw
 
     images = {path: open_image(path) for path in args.image_path}
     predictor = Predictor(args.model_path, args.base, args.device, args.threshold)

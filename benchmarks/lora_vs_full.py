@@ -5,7 +5,6 @@
 
 import json
 import sys
-import time
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -16,7 +15,7 @@ from sam3_lora_wrapper.demo import run  # noqa: E402
 from sam3_lora_wrapper.synthetic import SHIFTED, write_dataset  # noqa: E402
 
 CONFIGS = {"LoRA": ("lora_tiny.yaml", "training.lr"), "full fine-tuning": ("tiny_full.yaml", "training.lr_full")}
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (1e-3, 2.5e-3, 5e-3)
 EPOCHS, IMAGES = 9, 320
 
 
@@ -34,14 +33,12 @@ def main() -> None:
     folder = REPOSITORY / "outputs" / "lora_vs_full"
     write_dataset(folder / "data", SHIFTED, IMAGES, 40)
     before = train(folder, "lora_tiny.yaml", "trainer.mode=val")
-    rows = [{"method": "base, not adapted", "learning rate": "-", "steps": 0, "seconds": "-",
+    rows = [{"method": "base, not adapted", "learning rate": "-", "steps": 0,
              "box AP": f"{before['box_AP']:.3f}", "mask AP": f"{before['mask_AP']:.3f}"}]
     for method, (config, key) in CONFIGS.items():
         for rate in RATES:  # each method at its best of the same rates
-            start = time.time()
-            after = train(folder, config, f"training.max_epochs={EPOCHS}", f"{key}={rate:.0e}")
-            rows.append({"method": method, "learning rate": f"{rate:.0e}", "steps": EPOCHS * IMAGES // 8,
-                         "seconds": round(time.time() - start),
+            after = train(folder, config, f"training.max_epochs={EPOCHS}", f"{key}={rate}")
+            rows.append({"method": method, "learning rate": rate, "steps": EPOCHS * IMAGES // 8,
                          "box AP": f"{after['box_AP']:.3f}", "mask AP": f"{after['mask_AP']:.3f}"})
     write_results("lora_vs_full", "LoRA against full fine-tuning of the tiny model", rows)
 

@@ -6,10 +6,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .config import KINDS, LoraConfig
+from .base import identity
+from .combine import combined_config
+from .config import LoraConfig
 from .errors import UserError
 from .layers import Adapted, Adapter, adapt, merge, restore, unmerge
-from .targets import COMPONENTS, Target, find_targets
+from .plan import table
+from .targets import Target, find_targets, full_parameters
+from .tensors import require_tensors
 
 
 @dataclass
@@ -23,32 +27,6 @@ class NamedAdapter:
     config: LoraConfig
     targets: list[Target]
     full: dict[str, Tensor] = field(default_factory=dict)
-
-
-def full_parameters(model: nn.Module, config: LoraConfig, targets: list[Target]) -> list[str]:
-    """Names of the base parameters that an adapter trains in full (modules_to_save, bias)."""
-    parameters = {n for n, _ in model.named_parameters() if ".adapters." not in n}
-    chosen = set()
-    for path in config.modules_to_save:
-        inside = {n for n in parameters if n.startswith(f"{path}.")}
-        if not inside:
-            near = sorted({n.rsplit(".", 1)[0] for n in parameters if path.split(".")[-1] in n})[:5]
-            raise UserError(
-                f"lora.modules_to_save: no module {path!r} with parameters. "
-                f"Close: {', '.join(near) or ', '.join(n for n, _ in model.named_children())}"
-            )
-        adapted = [t.module for t in targets if t.module.startswith(path)]
-        if adapted:
-            raise UserError(f"lora.modules_to_save: {path} is trained in full and {adapted[0]} in it adapted")
-        chosen |= inside
-    owners = {t.module for t in targets}
-    for name in parameters:
-        owner, _, leaf = name.rpartition(".")
-        if leaf in ("bias", "in_proj_bias") and (
-            config.bias == "all" or (config.bias == "lora_only" and owner in owners)
-        ):
-            chosen.add(name)
-    return sorted(chosen)
 
 
 def silence_dropout(model: nn.Module) -> None:
@@ -70,11 +48,17 @@ class Lora:
 
     Args:
         model: an official SAM3 image model (or any module with its names).
-        record: what a file must hold to rebuild the base (see checkpoint.py).
+        record: what a file must hold to rebuild the base (see checkpoint.py); what
+            identifies it alone where nothing else is known.
+
+    Raises:
+        UserError: the model has adapters already.
     """
 
     def __init__(self, model: nn.Module, record: dict | None = None):
-        self.model, self.record = model, record or {}
+        if hasattr(model, "lora"):
+            raise UserError("this model has adapters already: add another one with model.lora.add")
+        self.model, self.record = model, record or identity(model)
         self.named: dict[str, NamedAdapter] = {}
         self.active: tuple[str, ...] = ()
         self._base_full: dict[str, Tensor] = {}
@@ -90,8 +74,7 @@ class Lora:
         Raises:
             UserError: nothing matches, or the name is taken; the model is as it was.
         """
-        if name in self.named or not name.isidentifier():
-            raise UserError(f"adapter name {name!r}: taken, or not a plain word")
+        self.check_name(name, self.named)
         targets = find_targets(self.model, config)
         full = full_parameters(self.model, config, targets)
         self.unmerge()
@@ -102,13 +85,58 @@ class Lora:
                 config.dropout, config.use_rslora, config.use_dora,
             )
             adapter.initialise(module.base_weight, config.init)
-            module.adapters[name] = adapter.to(module.base_weight.device)
+            module.adapters[name] = adapter.to(module.base_weight.device).train(module.training)
         parameters = dict(self.model.named_parameters())
         for key in full:
             self._base_full.setdefault(key, parameters[key].detach().clone())
         values = {key: self._base_full[key].clone() for key in full}
         self.named[name] = NamedAdapter(config, targets, values)
         self.set_adapter(name)
+
+    @staticmethod
+    def check_name(name: str, taken) -> None:
+        """Raise UserError unless a new adapter can be called so."""
+        if name in taken or not name.isidentifier() or hasattr(nn.ModuleDict, name):
+            raise UserError(f"adapter name {name!r}: taken, or not a plain word")
+
+    @torch.no_grad()
+    def add_weighted_adapter(self, names: list[str], weights: list[float], name: str) -> None:
+        """Add an adapter whose update is the weighted sum of those of others, exactly.
+
+        Its factors are theirs side by side, so its ranks are the sums of theirs.
+
+        Args:
+            names: adapters to sum.
+            weights: factor of each one's update.
+            name: of the new adapter, which becomes the active one.
+
+        Raises:
+            UserError: one of them cannot be summed, or a rank exceeds the dimension of its layer.
+        """
+        self._require(names)
+        if len(weights) != len(names) or not names:
+            raise UserError(f"{len(weights)} weights for {len(names)} adapters: give one for each")
+        factors: dict[str, list] = {}
+        for source, weight in zip(names, weights):
+            for target in self.named[source].targets:
+                adapter = self.model.get_submodule(target.module).adapters[source]
+                for kind in target.slices:
+                    A, B = adapter.slice_factors(kind)
+                    factors.setdefault(f"{target.module}.{kind}", []).append((A, weight * B))
+        ranks = {layer: sum(len(A) for A, _ in parts) for layer, parts in factors.items()}
+        self.add(combined_config([self.named[n].config for n in names], ranks), name)
+        for target in self.named[name].targets:
+            adapter = self.model.get_submodule(target.module).adapters[name]
+            for kind in target.slices:
+                parts = factors.get(f"{target.module}.{kind}", [])
+                if parts:
+                    adapter.lora_A[kind].copy_(torch.cat([A for A, _ in parts]))
+                    adapter.lora_B[kind].copy_(torch.cat([B for _, B in parts], 1))
+
+    def _require(self, names) -> None:
+        for name in names:
+            if name not in self.named:
+                raise UserError(f"no adapter {name!r}. There are: {', '.join(self.named) or 'none'}")
 
     def set_adapter(self, names: str | list[str], train: str | None = None) -> None:
         """Make adapters active (their updates add up) and one of them trainable.
@@ -117,10 +145,10 @@ class Lora:
             names: the adapters to be active; an empty list is the bare base.
             train: the adapter whose parameters require gradients; the only active one if None.
         """
-        names = (names,) if isinstance(names, str) else tuple(names)
-        for name in (*names, *([train] if train else [])):
-            if name not in self.named:
-                raise UserError(f"no adapter {name!r}. There are: {', '.join(self.named) or 'none'}")
+        names = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
+        self._require(names)
+        if train is not None and train not in names:
+            raise UserError(f"adapter {train!r} cannot be trained: it is not among the active ones {list(names)}")
         if len(names) > 1 and any(self.named[n].config.use_dora for n in names):
             raise UserError("adapters with use_dora are not added to others: activate one alone")
         if len([n for n in names if self.named[n].full]) > 1:
@@ -150,8 +178,9 @@ class Lora:
 
     @contextmanager
     def disable_adapter(self):
-        """The bare base within a `with` block."""
+        """The bare base within a `with` block; afterwards all is as before."""
         names, trained = self.active, [p for p in self.model.parameters() if p.requires_grad]
+        merged = self.merged
         self.set_adapter([])
         try:
             yield self.model
@@ -160,6 +189,8 @@ class Lora:
             self.model.requires_grad_(False)
             for parameter in trained:
                 parameter.requires_grad_(True)
+            if merged:
+                self.merge()
 
     # ------------------------------------------------------------ merging
 
@@ -167,10 +198,15 @@ class Lora:
         """The modules that carry adapters."""
         return [m for m in self.model.modules() if isinstance(m, Adapted)]
 
-    def merge(self, keep: bool = True) -> None:
-        """Write the active adapters into the weights; `keep` copies so that `unmerge` is exact."""
+    @property
+    def merged(self) -> bool:
+        """Whether the active adapters are in the weights."""
+        return any(m.merged_from is not None for m in self.modules())
+
+    def merge(self) -> None:
+        """Write the active adapters into the weights; copies are kept, so `unmerge` is exact."""
         for module in self.modules():
-            merge(module, keep)
+            merge(module)
 
     def unmerge(self) -> None:
         """Put the base weights back, bit for bit."""
@@ -179,8 +215,8 @@ class Lora:
 
     def merge_and_unload(self) -> nn.Module:
         """Merge, take the adapters out, and return the plain official model."""
-        self.merge(keep=False)
         for module in self.modules():
+            merge(module)
             restore(module)
         del self.model.lora
         return self.model
@@ -189,7 +225,7 @@ class Lora:
 
     def tensors(self, name: str | None = None) -> dict[str, nn.Parameter]:
         """The parameters of an adapter: `<module>.lora_A.<kind>` etc., and those trained in full."""
-        name = name or self._only()
+        name = name or self.only_active()
         own = {
             f"{target.module}.{key}": parameter
             for target in self.named[name].targets
@@ -198,14 +234,15 @@ class Lora:
         parameters = dict(self.model.named_parameters())
         return own | {key: parameters[key] for key in self.named[name].full}
 
-    def _only(self) -> str:
+    def only_active(self) -> str:
+        """Name of the active adapter, where there is one alone."""
         if len(self.active) != 1:
             raise UserError(f"name an adapter: active are {', '.join(self.active) or 'none'}")
         return self.active[0]
 
     def state_dict(self, name: str | None = None) -> dict[str, Tensor]:
         """The tensors of an adapter, detached."""
-        name = name or self._only()
+        name = name or self.only_active()
         state = {key: p.detach() for key, p in self.tensors(name).items()}
         return state if name in self.active else state | self.named[name].full
 
@@ -216,18 +253,10 @@ class Lora:
         Raises:
             UserError: a tensor is missing, unexpected, of another shape or not finite.
         """
-        name = name or self._only()
+        name = name or self.only_active()
         own = self.tensors(name)
-        problems = [f"missing: {k}" for k in own if k not in state]
-        problems += [f"unexpected: {k}" for k in state if k not in own]
-        for key in own:
-            if key in state and state[key].shape != own[key].shape:
-                problems.append(f"shape of {key}: {tuple(state[key].shape)}, not {tuple(own[key].shape)}")
-            elif key in state and not torch.isfinite(state[key]).all():
-                problems.append(f"NaN or infinity in {key}")
-        if problems:
-            shown = "\n  ".join(problems[:20])
-            raise UserError(f"the adapter does not fit ({len(problems)} tensors):\n  {shown}")
+        require_tensors(state, {k: p.shape for k, p in own.items()}, "the adapter does not fit the model")
+        self.unmerge()
         for key, parameter in own.items():
             if key in self.named[name].full and name not in self.active:
                 self.named[name].full[key] = state[key].clone()
@@ -238,32 +267,22 @@ class Lora:
 
     def table(self, name: str | None = None) -> str:
         """What an adapter adapts: a line per component, with parameters and their share."""
-        name = name or self._only()
-        named = self.named[name]
-        total = sum(p.numel() for n, p in self.model.named_parameters() if ".adapters." not in n)
-        rows = []
-        for component in COMPONENTS:
-            own = [t for t in named.targets if t.component == component]
-            if own:
-                kinds = [k for k in KINDS if any(k in t.slices for t in own)]
-                rows.append((component, sum(len(t.slices) for t in own), ", ".join(kinds),
-                             sum(t.parameters for t in own)))
-        if named.full:
-            parameters = dict(self.model.named_parameters())
-            rows.append(("trained in full", len(named.full), "", sum(parameters[k].numel() for k in named.full)))
-        rows.append(("all", sum(r[1] for r in rows), "", sum(r[3] for r in rows)))
-        lines = [f"{'component':<18} {'layers':>6}  {'parameters':>11} {'of model':>9}  kinds"]
-        lines += [f"{c:<18} {n:>6}  {p:>11,} {100 * p / total:>8.3f}%  {k}" for c, n, k, p in rows]
-        return "\n".join(lines) + f"\nbase model: {total:,} parameters, frozen"
+        named = self.named[name or self.only_active()]
+        return table(self.model, named.targets, list(named.full))
 
     # ------------------------------------------------------------ the official trainer's hooks
 
     def save_run(self, folder: str, names: list[str], epoch: int) -> None:
-        """Write the adapter beside each checkpoint that the trainer has saved."""
+        """Write the adapter beside each checkpoint that the trainer has saved: a file and a folder."""
         from .checkpoint import save_adapter
+        from .peft_format import run_record, save_pretrained
 
         for name in names:
-            save_adapter(self, f"{folder}/{'checkpoint_last' if name == 'checkpoint' else f'{name}_adapter'}.pt", epoch)
+            file = {"checkpoint": "checkpoint_last", "checkpoint_best": name}.get(name, f"{name}_adapter")
+            save_adapter(self, f"{folder}/{file}.pt", epoch)
+            save_pretrained(
+                self, f"{folder}/adapter{name.removeprefix('checkpoint')}", epoch=epoch, run=run_record(folder)
+            )
 
     def load_run(self, model: nn.Module, state_dict: dict[str, Tensor], ignore_missing_keys=None) -> None:
         """Load the adapter of a checkpoint from which the trainer resumes."""

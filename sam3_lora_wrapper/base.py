@@ -10,6 +10,7 @@ from hydra.utils import get_object, instantiate
 from torch import nn
 
 from .errors import UserError
+from .tensors import require_tensors
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 VOCABULARY = REPOSITORY / "sam3" / "assets" / "bpe_simple_vocab_16e6.txt.gz"
@@ -164,21 +165,15 @@ def load_weights(model: nn.Module, path: Path) -> None:
     """
     content = read_checkpoint(path)
     state, left_out = image_weights(content.get("model", content))
-    own = model.state_dict()
-    problems = [f"missing: {k}" for k in own if k not in state]
-    problems += [f"unexpected: {k}" for k in state if k not in own]
-    problems += [
-        f"shape of {k}: {tuple(state[k].shape)} in the file, {tuple(own[k].shape)} in the model"
-        for k in own
-        if k in state and state[k].shape != own[k].shape
-    ]
-    if problems:
-        shown = "\n  ".join(problems[:20])
-        more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise UserError(f"{path} does not fit the model ({len(problems)} keys):\n  {shown}{more}")
+    require_tensors(state, {k: v.shape for k, v in model.state_dict().items()}, f"{path} does not fit the model")
     model.load_state_dict(state)
     note = f", {left_out} of the video model left out" if left_out else ""
     logging.info(f"{path}: {len(state)} tensors loaded{note}")
+
+
+def identity(model: nn.Module) -> dict:
+    """What tells a base from others: its number of parameters and its fingerprint."""
+    return {"parameters": sum(p.numel() for p in model.parameters()), "fingerprint": fingerprint(model)}
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -1,9 +1,15 @@
 """What is adapted and how: the `lora` section of a configuration."""
 
+import math
 from dataclasses import asdict, dataclass, field, fields
 
 from .errors import UserError
 
+TYPES = {
+    "components": dict, "layers": dict, "rank_pattern": dict, "alpha_pattern": dict,
+    "modules_to_save": (list, tuple), "use_rslora": bool, "use_dora": bool,
+}
+CHOICES = {"bias": ("none", "lora_only", "all"), "init": ("kaiming", "pissa")}
 KINDS = ("q", "k", "v", "out", "fc1", "fc2")
 GROUPS = {"attention": ("q", "k", "v", "out"), "feed_forward": ("fc1", "fc2")}
 
@@ -65,19 +71,32 @@ class LoraConfig:
         return asdict(self)
 
     def __post_init__(self):
+        self._check_types()
+        self._check_numbers()
+        self._check_components()
+
+    def _check_types(self) -> None:
+        for name, expected in TYPES.items():
+            if not isinstance(getattr(self, name), expected):
+                what = {dict: "a mapping", bool: "true or false"}.get(expected, "a list")
+                raise UserError(f"lora.{name}={getattr(self, name)!r}: must be {what}")
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise UserError(f"lora.{name}={getattr(self, name)!r}: must be one of {', '.join(allowed)}")
+
+    def _check_numbers(self) -> None:
         ranks = {"rank": self.rank} | {f"rank_pattern[{k}]": v for k, v in self.rank_pattern.items()}
         for name, value in ranks.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UserError(f"lora.{name}={value!r}: must be a whole number of at least 1")
         alphas = {"alpha": self.alpha} | {f"alpha_pattern[{k}]": v for k, v in self.alpha_pattern.items()}
         for name, value in alphas.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
                 raise UserError(f"lora.{name}={value!r}: must be a number above 0")
         if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
             raise UserError(f"lora.dropout={self.dropout!r}: must be in [0, 1)")
-        for name, allowed in (("bias", ("none", "lora_only", "all")), ("init", ("kaiming", "pissa"))):
-            if getattr(self, name) not in allowed:
-                raise UserError(f"lora.{name}={getattr(self, name)!r}: must be one of {', '.join(allowed)}")
+
+    def _check_components(self) -> None:
         for component, kinds in self.components.items():
             if not isinstance(kinds, (list, tuple)):
                 raise UserError(f"lora.components.{component}={kinds!r}: must be a list of layer kinds")
@@ -87,3 +106,9 @@ class LoraConfig:
                         f"lora.components.{component}: no layer kind {kind!r}. "
                         f"Known: {', '.join([*GROUPS, *KINDS])}"
                     )
+        for component, blocks in self.layers.items():
+            if blocks is not None and not self.components.get(component):
+                raise UserError(
+                    f"lora.layers.{component}={blocks!r}: lora.components.{component} names no layer kind, "
+                    "so these blocks would not be adapted. Give it kinds, or set this to null"
+                )

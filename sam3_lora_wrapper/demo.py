@@ -65,14 +65,13 @@ def pick_image(folder: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("outputs/demo"), help="folder, emptied first")
-    parser.add_argument("--images", type=int, default=320, help="training images")
     parser.add_argument("--epochs", type=int, default=9)
     args = parser.parse_args()
     folder = args.output.resolve()
     shutil.rmtree(folder, ignore_errors=True)
 
-    print(f"1. data: {args.images} training and 40 validation images -> {folder / 'data'}")
-    write_dataset(folder / "data", SHIFTED, args.images, 40)
+    print(f"1. data: 320 training and 40 validation images -> {folder / 'data'}")
+    write_dataset(folder / "data", SHIFTED, train=320, valid=40)
     print("2. the unadapted base")
     before = train(folder, "before", "trainer.mode=val")
     print("3. LoRA training with the official trainer")

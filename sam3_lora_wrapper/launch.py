@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import shlex
 import sys
 import warnings
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 from torch.multiprocessing import ProcessExitedException
 
 from .errors import UserError
+from .synthetic import demo_dataset
+from .splits import Split, split_folder
 
 # Said at every import of the official package, of no use to who runs it.
 for _noise in ("`torch.jit.script` is deprecated", "CUDA is not available or torch_xla is imported"):
@@ -24,6 +27,8 @@ for _noise in ("`torch.jit.script` is deprecated", "CUDA is not available or tor
 CONFIGS = Path(__file__).resolve().parent.parent / "sam3_lora_configs"
 
 OmegaConf.register_new_resolver("is_cuda", lambda device: device == "cuda", replace=True)
+OmegaConf.register_new_resolver("split_folder", split_folder, replace=True)
+OmegaConf.register_new_resolver("demo_dataset", demo_dataset, replace=True)
 OmegaConf.register_new_resolver("iou_type", lambda m: "segm" if m else "bbox", replace=True)
 
 
@@ -72,20 +77,47 @@ def _missing(node, path: str = ""):
 
 
 def check_run(cfg) -> None:
-    """Look at what a run needs before any model is built.
+    """Look at what a run needs before any model is built, and note its command.
 
     Raises:
-        UserError: CUDA or a dataset that the run asks for is not there.
+        UserError: CUDA is asked for and not there, or a dataset cannot be trained on.
     """
-    from .data import load_coco
+    from .dataset_check import check_before_training
+    from .evaluation import check_metric
 
     trainer = cfg.trainer
     if trainer.get("accelerator") == "cuda" and not cfg.submitit.use_cluster:
         require_cuda()
-    for split in ("train", "val"):
-        dataset = (trainer.data.get(split) or {}).get("dataset")
-        if dataset is not None:
-            load_coco(dataset.ann_file, dataset.img_folder)
+    drop_missing_validation(trainer)
+    if trainer.data.get("val") is not None and "best_metric" in cfg.get("training", {}):
+        check_metric(cfg.training.best_metric, cfg.loss.masks)
+    datasets = {split: (trainer.data.get(split) or {}).get("dataset") for split in ("train", "val")}
+    splits = [Split(name, Path(d.ann_file), Path(d.img_folder)) for name, d in datasets.items() if d is not None]
+    if splits:
+        check_before_training(
+            splits,
+            prompts=OmegaConf.select(cfg, "data.prompts") or {},
+            max_objects=OmegaConf.select(cfg, "data.max_objects", default=200),
+            folder=Path(cfg.paths.experiment_log_dir),
+        )
+    record_command(Path(cfg.paths.experiment_log_dir))
+
+
+def record_command(folder: Path) -> None:
+    """Add the command that this program was started with to `command.txt` in a run's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "command.txt", "a") as file:
+        file.write(shlex.join(sys.orig_argv) + "\n")
+
+
+def drop_missing_validation(trainer) -> None:
+    """Take validation out of a run that has no validation split, and say so."""
+    if "val" not in trainer.data:
+        return
+    val = trainer.data.val
+    if val is None or val.dataset.img_folder is None:
+        logging.warning("no validation split: the run trains without validation")
+        trainer.data.val = trainer.meters = None
 
 
 def require_cuda() -> None:
@@ -140,6 +172,8 @@ def readable_errors():
         if mistake is None:
             raise
         logging.shutdown()
-        print(f"error: {mistake}", file=sys.stderr, flush=True)
+        # From a loader worker it comes with the traceback of the worker in its text.
+        message = str(mistake).rsplit(f"{UserError.__name__}: ", 1)[-1].strip()
+        print(f"error: {message}", file=sys.stderr, flush=True)
         # Loader workers and process groups of the failed run must not keep it alive.
         os._exit(1)

@@ -23,6 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def scaling(rank: int, alpha: float, use_rslora: bool) -> float:
+    """The factor of B A: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
+    return alpha / (math.sqrt(rank) if use_rslora else rank)
+
+
 class LowRankLinear(torch.autograd.Function):
     """y = x Wᵀ + b + (x Aᵀ) Bᵀ for a frozen W; x Aᵀ is recomputed in backward, not kept.
 
@@ -84,9 +89,7 @@ class Adapter(nn.Module):
     ):
         super().__init__()
         self.shape, self.slices, self.dropout, self.use_dora = tuple(shape), slices, dropout, use_dora
-        self.scaling = {
-            s: alpha[s] / (math.sqrt(rank[s]) if use_rslora else rank[s]) for s in slices
-        }
+        self.scaling = {name: scaling(rank[name], alpha[name], use_rslora) for name in slices}
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
         for name, (start, stop) in slices.items():
@@ -122,21 +125,22 @@ class Adapter(nn.Module):
                  for kind, factors in (("A", self.lora_A), ("B", self.lora_B)) for name in self.slices}
             )
 
-    def _blocks(self, A: dict, B: dict, sign: float) -> tuple[Tensor, Tensor]:
-        placed = [
-            F.pad(sign * self.scaling[name] * B(name), (0, 0, start, self.shape[0] - stop))
-            for name, (start, stop) in self.slices.items()
-        ]
-        return torch.cat([A(name) for name in self.slices]), torch.cat(placed, 1)
+    def slice_factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """A (R, in) and B (rows, R) of one slice, scaling folded into B."""
+        A, B = self.lora_A[name], self.scaling[name] * self.lora_B[name]
+        if self.start is not None:
+            A = torch.cat([A, self.start[f"A_{name}"]])
+            B = torch.cat([B, -self.scaling[name] * self.start[f"B_{name}"]], 1)
+        return A, B
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A (R, in) and B (out, R) of the whole weight, scaling folded into B."""
-        A, B = self._blocks(self.lora_A.__getitem__, self.lora_B.__getitem__, 1.0)
-        if self.start is not None:
-            A0, B0 = self._blocks(
-                lambda n: self.start[f"A_{n}"], lambda n: self.start[f"B_{n}"], -1.0
-            )
-            A, B = torch.cat([A, A0]), torch.cat([B, B0], 1)
+        """A (R, in) and B (out, R) of the whole weight: the slices' factors, block by block."""
+        slices = {name: self.slice_factors(name) for name in self.slices}
+        A = torch.cat([A for A, _ in slices.values()])
+        B = torch.cat([
+            F.pad(B, (0, 0, self.slices[name][0], self.shape[0] - self.slices[name][1]))
+            for name, (_, B) in slices.items()
+        ], 1)
         if self.training and self.dropout > 0:
             A = A * F.dropout(torch.ones_like(A[:1]), self.dropout)
         return A, B
@@ -173,17 +177,17 @@ class Adapted:
         return torch.cat([A for A, _ in factors]), torch.cat([B for _, B in factors], 1)
 
     def adapted_weight(self) -> Tensor:
-        """W + B A (with DoRA: its rows scaled), computed in float32 at least."""
+        """W + B A (with DoRA: its rows scaled) in W's dtype, computed in that of A and B or better."""
         factors, weight = self.active_factors(), self.base_weight
         if factors is None:
             return weight
         A, B = factors
         with torch.autocast(weight.device.type, enabled=False):
-            adapted = weight.to(A.dtype) + B @ A
+            adapted = weight + B @ A
             for adapter in self.active_adapters():
                 if adapter.use_dora:
                     adapted = adapter.row_scale(adapted)[:, None] * adapted
-        return adapted
+        return adapted.to(weight.dtype)
 
 
 class AdaptedLinear(Adapted):
@@ -207,7 +211,21 @@ class AdaptedAttention(Adapted):
     """nn.MultiheadAttention with adapters for its packed projection."""
 
     weight_name = "in_proj_weight"
-    in_proj_weight = property(Adapted.adapted_weight)
+    in_use = None
+
+    @property
+    def in_proj_weight(self) -> Tensor:
+        return self.adapted_weight() if self.in_use is None else self.in_use
+
+    def forward(self, *args, **kwargs):
+        if not self.active_adapters():
+            return super().forward(*args, **kwargs)
+        # The official forward reads the weight several times: it is computed once, with one dropout mask.
+        self.in_use = self.adapted_weight()
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self.in_use = None
 
 
 @lru_cache(maxsize=None)
@@ -228,20 +246,20 @@ def restore(module: nn.Module) -> nn.Module:
     """Undo `adapt`: the module is what it was, with the weight it has now."""
     module.__class__ = module.base_class
     del module.adapters, module.active, module.merged_from
+    module.__dict__.pop("in_use", None)
     return module
 
 
 @torch.no_grad()
-def merge(module: nn.Module, keep: bool = True) -> None:
-    """Write W + B A into the weight; `keep` a copy of W, so that `unmerge` is exact."""
+def merge(module: nn.Module) -> None:
+    """Write W + B A into the weight, keeping a copy of W: `unmerge` is exact."""
     if module.merged_from is None and module.active:
-        weight = module.base_weight
         was_training = module.training
         module.adapters.eval()
-        adapted = module.adapted_weight().to(weight.dtype)
+        adapted = module.adapted_weight()
         module.adapters.train(was_training)
-        module.merged_from = weight.clone() if keep else weight.new_empty(0)
-        weight.copy_(adapted)
+        module.merged_from = module.base_weight.clone()
+        module.base_weight.copy_(adapted)
 
 
 @torch.no_grad()

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as mask_util
 
 from .checkpoint import load_model
 from .errors import UserError
+from .prompts import texts_of
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
@@ -44,21 +45,6 @@ class Detection:
         }
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """Open an image as RGB, its EXIF orientation applied.
-
-    Raises:
-        UserError: the file is missing or no image.
-    """
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read as an image: {error}") from error
-
-
 class Predictor:
     """An adapter ready to segment images.
 
@@ -81,17 +67,21 @@ class Predictor:
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise UserError("--device cuda: PyTorch sees no CUDA device. Leave it out or give cpu")
         model = load_model(model_path, base)
-        resolution = model.lora.record["resolution"]
+        record = model.lora.record
+        self.prompts = record.get("prompts", {})
         model = model.lora.merge_and_unload().to(self.device)
-        self.processor = Sam3Processor(model, resolution, self.device, threshold)
+        self.processor = Sam3Processor(model, record["resolution"], self.device, threshold)
 
     def predict(self, image: Image.Image, prompts: list[str]) -> list[Detection]:
-        """Find what the prompts name in an image, best first; the image is encoded once."""
+        """Find what the prompts name in an image, best first; the image is encoded once.
+
+        The name of a category that was trained under another text (`data.prompts`) stands for it.
+        """
         found = []
         with torch.autocast(self.device, torch.bfloat16, enabled=self.device != "cpu"):
             state = self.processor.set_image(image)
             for prompt in prompts:
-                state = self.processor.set_text_prompt(prompt, state)
+                state = self.processor.set_text_prompt(texts_of(prompt, self.prompts)[0], state)
                 for score, box, mask in zip(state["scores"], state["boxes"], state["masks"]):
                     found.append(Detection(prompt, float(score), tuple(box.tolist()), mask[0].cpu().numpy()))
         return sorted(found, key=lambda d: -d.score)

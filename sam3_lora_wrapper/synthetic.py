@@ -1,12 +1,13 @@
 """Synthetic COCO datasets of shapes, for the tiny base model, the demo and the tests.
 
 Two domains: `BASE` (bright shapes on dark, smooth ground) trains the tiny base model;
-`SHIFTED` (dark, striped shapes on bright, striped ground, and one concept that the base has
+`SHIFTED` (striped shapes on brighter, striped ground, and one concept that the base has
 never seen) is what the demo adapts it to. Folders are laid out as Roboflow exports are:
 `train/` and `valid/`, each with its images and `_annotations.coco.json`.
 """
 
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +36,7 @@ class Domain:
 
 
 BASE = Domain(("circle", "square", "triangle", "cross", "ring"), (10, 90), (110, 255), False)
-SHIFTED = Domain(("circle", "triangle", "star", "ring"), (150, 235), (0, 120), True)
+SHIFTED = Domain(("circle", "triangle", "star", "ring"), (60, 140), (150, 255), True)
 
 
 def outline(concept: str, radius: float, angle: float) -> np.ndarray:
@@ -50,7 +51,7 @@ def outline(concept: str, radius: float, angle: float) -> np.ndarray:
                    (-t, -1), (-t, -t), (-1, -t), (-1, t), (-t, t), (-t, 1)]
         turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
         return np.array(corners) @ turn * radius
-    radii = {"square": [1.0] * 4, "triangle": [1.1] * 3, "star": [1.1, 0.45] * 5}
+    radii = {"square": [1.0] * 4, "triangle": [1.1] * 3, "star": [1.1, 0.55] * 5}
     return spokes(radii.get(concept, [1.0] * 40))
 
 
@@ -164,3 +165,14 @@ def write_dataset(
     write_split(root / "train", domain, train, seed, size)
     write_split(root / "valid", domain, valid, seed + 1_000_003, size)
     return root
+
+
+def demo_dataset() -> str:
+    """Folder of the demo's dataset (320 training and 40 validation images), written where it is absent."""
+    root = Path(__file__).resolve().parent.parent / "outputs" / "demo" / "data"
+    if not root.is_dir():
+        root.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root.parent) as folder:
+            write_dataset(Path(folder) / "data", SHIFTED, train=320, valid=40)
+            (Path(folder) / "data").rename(root)
+    return str(root)

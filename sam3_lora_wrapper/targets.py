@@ -70,10 +70,13 @@ def component_module(model: nn.Module, component: str) -> nn.Module | None:
         return None
 
 
-def _selected_blocks(choice, count: int, component: str) -> range:
-    """Blocks that an entry of `lora.layers` names."""
+def _selected_blocks(choice, root: nn.Module, component: str) -> range | None:
+    """Blocks that an entry of `lora.layers` names; None for all."""
     if choice is None:
-        return range(count)
+        return None
+    if not isinstance(root, nn.ModuleList):
+        raise UserError(f"lora.layers.{component}={choice!r}: it has no blocks. Set it to null")
+    count = len(root)
     words = choice.split() if isinstance(choice, str) else None
     if words and len(words) == 2 and words[0] in ("first", "last") and words[1].isdigit():
         size = int(words[1])
@@ -103,14 +106,13 @@ def _component_targets(model: nn.Module, component: str, config: LoraConfig):
         there = [c for c in COMPONENTS if component_module(model, c) is not None]
         raise UserError(f"lora.components.{component}: this model has none. It has: {', '.join(there)}")
     wanted = expand_kinds(config.components[component])
-    blocks = _selected_blocks(config.layers.get(component), len(list(root.children())), component) \
-        if isinstance(root, nn.ModuleList) else None
+    blocks = _selected_blocks(config.layers.get(component), root, component)
     targets, existing = [], set()
     for name, module in root.named_modules(prefix=path):
         block = name[len(path) + 1:].split(".")[0]
         for owner, weight, kinds in _weights(module, name):
             existing.update(kinds)
-            if blocks is not None and (not block or int(block) not in blocks):
+            if blocks is not None and int(block) not in blocks:
                 continue
             rows = weight.shape[0] // len(kinds)
             slices = {k: (i * rows, (i + 1) * rows) for i, k in enumerate(kinds) if k in wanted}
@@ -132,8 +134,8 @@ def _target(component: str, owner: str, shape, slices: dict, config: LoraConfig)
         limit = min(stop - start, shape[1])
         if rank[kind] > limit:
             raise UserError(
-                f"lora.rank={rank[kind]} is above the dimension of {owner} ({kind}: {stop - start} x "
-                f"{shape[1]}): at most {limit} there. Lower it, or set lora.rank_pattern for that layer"
+                f"lora: rank {rank[kind]} is above the dimension of {owner} ({kind}: {stop - start} x "
+                f"{shape[1]}): at most {limit} there. Lower lora.rank, or set lora.rank_pattern for that layer"
             )
     return Target(component, owner, tuple(shape), slices, rank, alpha)
 
@@ -146,9 +148,10 @@ def find_targets(model: nn.Module, config: LoraConfig) -> list[Target]:
     Raises:
         UserError: a component, layer kind, block or pattern matches nothing.
     """
-    unknown = [c for c in [*config.components, *config.layers] if c not in COMPONENTS]
-    if unknown:
-        raise UserError(f"lora.components.{unknown[0]}: no such component. Known: {', '.join(COMPONENTS)}")
+    for section in ("components", "layers"):
+        unknown = [c for c in getattr(config, section) if c not in COMPONENTS]
+        if unknown:
+            raise UserError(f"lora.{section}.{unknown[0]}: no such component. Known: {', '.join(COMPONENTS)}")
     targets = []
     for component, kinds in config.components.items():
         if kinds:
@@ -158,6 +161,32 @@ def find_targets(model: nn.Module, config: LoraConfig) -> list[Target]:
         for pattern in getattr(config, what):
             if not any(fnmatchcase(layer, pattern) for layer in layers):
                 raise UserError(f"lora.{what}: {pattern!r} matches no adapted layer, e.g. {layers[:1]}")
-    if not targets and not config.modules_to_save:
+    if not targets and not config.modules_to_save and config.bias != "all":
         raise UserError("lora.components: nothing is adapted. Give at least one component a layer kind")
     return targets
+
+
+def full_parameters(model: nn.Module, config: LoraConfig, targets: list[Target]) -> list[str]:
+    """Names of the base parameters that an adapter trains in full (modules_to_save, bias)."""
+    parameters = {n for n, _ in model.named_parameters() if ".adapters." not in n}
+    chosen = set()
+    for path in config.modules_to_save:
+        inside = {n for n in parameters if n.startswith(f"{path}.")}
+        if not inside:
+            near = sorted({n.rsplit(".", 1)[0] for n in parameters if path.split(".")[-1] in n})[:5]
+            raise UserError(
+                f"lora.modules_to_save: no module {path!r} with parameters. "
+                f"Close: {', '.join(near) or ', '.join(n for n, _ in model.named_children())}"
+            )
+        adapted = [t.module for t in targets if f"{t.module}.".startswith(f"{path}.")]
+        if adapted:
+            raise UserError(f"lora.modules_to_save: {path} is trained in full and {adapted[0]} in it adapted")
+        chosen |= inside
+    owners = {t.module for t in targets}
+    for name in parameters:
+        owner, _, leaf = name.rpartition(".")
+        if leaf in ("bias", "in_proj_bias") and (
+            config.bias == "all" or (config.bias == "lora_only" and owner in owners)
+        ):
+            chosen.add(name)
+    return sorted(chosen)

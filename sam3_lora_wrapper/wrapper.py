@@ -5,7 +5,7 @@ import logging
 from torch import nn
 
 from .adapters import Lora
-from .base import build_base, fingerprint
+from .base import build_base, identity
 from .config import LoraConfig
 
 
@@ -18,7 +18,7 @@ def trainable_base(base: dict, weights: str, masks: bool, **_unused) -> nn.Modul
 
 
 def lora_model(
-    base: dict, weights: str, resolution: int, lora: dict, masks: bool = True
+    base: dict, weights: str, resolution: int, lora: dict, masks: bool = True, prompts: dict | None = None
 ) -> nn.Module:
     """Build the official base, freeze it and inject LoRA adapters.
 
@@ -29,6 +29,7 @@ def lora_model(
         lora: the `lora` section (see config.LoraConfig).
         masks: whether masks are trained; without them the segmentation head is left out of
             training and stays that of the base at inference.
+        prompts: texts of categories (`data.prompts`), recorded for inference.
 
     Returns:
         The official model, its adapters under `model.lora`; only they require gradients.
@@ -37,9 +38,9 @@ def lora_model(
     record = {
         "config": base,
         "weights": str(weights),
-        "fingerprint": fingerprint(model),
         "resolution": int(resolution),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "prompts": dict(prompts or {}),
+        **identity(model),
     }
     if not masks:
         model.segmentation_head = None

@@ -11,8 +11,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from sam3.model_builder import _load_checkpoint
-from sam3_lora_wrapper.base import SHIPPED, build_base, fingerprint, load_weights
+from sam3.model_builder import _load_checkpoint, build_sam3_video_model
+from sam3_lora_wrapper.base import (
+    SHIPPED, VOCABULARY, build_base, fingerprint, image_weights, load_weights, official_image_model,
+)
 from sam3_lora_wrapper.errors import UserError
 from sam3_lora_wrapper.launch import compose_config
 
@@ -53,6 +55,17 @@ def test_every_layout_loads_every_tensor(layout: str, weights: dict, tmp_path: P
     assert all(torch.equal(loaded[k], weights[k]) for k in weights)
 
 
+def test_every_key_of_the_release_has_a_place_or_is_of_the_video_model() -> None:
+    """sam3.pt holds the official video model, which upstream loads strictly: its keys are the release's."""
+    with torch.device("meta"):
+        video = build_sam3_video_model(load_from_HF=False, bpe_path=str(VOCABULARY), device="meta").state_dict()
+        own = official_image_model().state_dict()
+    kept, left_out = image_weights(video)
+    assert kept.keys() == own.keys()
+    assert all(kept[k].shape == own[k].shape for k in own)
+    assert (len(kept), left_out) == (1134, 331)
+
+
 def test_missing_unexpected_and_misshapen_keys_are_listed_and_nothing_is_loaded(weights: dict, tmp_path: Path) -> None:
     state = dict(weights)
     shape = state.pop("dot_prod_scoring.hs_proj.bias").shape
@@ -63,7 +76,7 @@ def test_missing_unexpected_and_misshapen_keys_are_listed_and_nothing_is_loaded(
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(UserError) as error:
         load_weights(model, path)
-    for line in ("3 keys", "missing: dot_prod_scoring.hs_proj.bias", "unexpected: dot_prod_scoring.extra",
+    for line in ("3 tensors", "missing: dot_prod_scoring.hs_proj.bias", "unexpected: dot_prod_scoring.extra",
                  "transformer.decoder.norm.weight: (3,) in the file, (64,) in the model"):
         assert line in str(error.value)
     assert shape == (64,)

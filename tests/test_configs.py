@@ -6,19 +6,11 @@ import pytest
 from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from sam3.train.utils.train_utils import register_omegaconf_resolvers
 from sam3_lora_wrapper.errors import UserError
 from sam3_lora_wrapper.launch import CONFIGS, compose_config
 
 PRESETS = sorted(p.stem for p in CONFIGS.glob("*.yaml"))
 DATA = "paths.dataset_root=/data"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def resolvers():
-    register_omegaconf_resolvers()
-    yield
-    OmegaConf.clear_resolvers()
 
 
 def targets(node):

@@ -50,14 +50,16 @@ def run(*arguments) -> subprocess.CompletedProcess:
 
 
 def test_command_writes_overlay_and_json_and_prints_a_table(adapter: Path, image: Path, tmp_path: Path) -> None:
-    done = run("--model_path", adapter, "--image_path", image, "--prompt", "circle", "a red ring",
-               "--threshold", "0.0001", "--output_dir", tmp_path)
+    done = run("--model_path", adapter, "--image_path", image, "--prompt", "cross", "ring", "square",
+               "--threshold", "0.3", "--output_dir", tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     report = json.loads((tmp_path / "00001.json").read_text())
-    assert report["size"] == [96, 96] and report["detections"]
+    assert report["size"] == [96, 96]
+    # Two crosses, two rings and no square are in the picture.
+    assert sorted(d["prompt"] for d in report["detections"]) == ["cross", "cross", "ring", "ring"]
     scores = [d["score"] for d in report["detections"]]
-    assert scores == sorted(scores, reverse=True) and min(scores) > 0.0001
+    assert scores == sorted(scores, reverse=True) and min(scores) > 0.3
     for d in report["detections"]:
         assert mask_util.decode(d["segmentation"]).sum() == d["area"] == mask_util.area(d["segmentation"])
     assert all(f"{d['prompt']}" in done.stdout and f"{d['score']:.3f}" in done.stdout for d in report["detections"])
@@ -68,10 +70,10 @@ def test_command_writes_overlay_and_json_and_prints_a_table(adapter: Path, image
 
 def test_predictor_equals_the_official_processor_on_the_unmerged_model(adapter: Path, image: Path) -> None:
     model = load_model(adapter)
-    processor = Sam3Processor(model, 96, "cpu", 1e-4)
+    processor = Sam3Processor(model, 96, "cpu", 0.01)
     picture = open_image(image)
-    state = processor.set_text_prompt("circle", processor.set_image(picture))
-    found = Predictor(adapter, device="cpu", threshold=1e-4).predict(picture, ["circle"])
+    state = processor.set_text_prompt("cross", processor.set_image(picture))
+    found = Predictor(adapter, device="cpu", threshold=0.01).predict(picture, ["cross"])
     order = torch.argsort(state["scores"], descending=True)
     assert len(found) == len(order) > 3
     for d, i in zip(found, order):
@@ -83,9 +85,9 @@ def test_predictor_equals_the_official_processor_on_the_unmerged_model(adapter: 
 def test_adapter_changes_what_the_base_says(adapter: Path, image: Path) -> None:
     model = load_model(adapter)
     processor = Sam3Processor(model, 96, "cpu", 0.0)
-    with_adapter = processor.set_text_prompt("circle", processor.set_image(open_image(image)))["scores"]
+    with_adapter = processor.set_text_prompt("cross", processor.set_image(open_image(image)))["scores"]
     with model.lora.disable_adapter():
-        without = processor.set_text_prompt("circle", processor.set_image(open_image(image)))["scores"]
+        without = processor.set_text_prompt("cross", processor.set_image(open_image(image)))["scores"]
     assert (with_adapter - without).abs().max() > 1e-4
 
 
@@ -134,7 +136,7 @@ def test_mistakes_end_in_one_message_and_write_nothing(
 ) -> None:
     (tmp_path / "text.jpg").write_text("no picture")
     names = {"adapter": adapter, "image": image, "folder": tmp_path}
-    done = run(*[a.format(**names) for a in arguments], "--prompt", "circle", "--output_dir", tmp_path / "out")
+    done = run(*[a.format(**names) for a in arguments], "--prompt", "cross", "--output_dir", tmp_path / "out")
     assert done.returncode in (1, 2)
     assert done.stderr.startswith("error: ") and said in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()

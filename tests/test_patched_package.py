@@ -17,7 +17,7 @@ from sam3.train.loss.loss_fns import Masks, SemanticSegCriterion
 from sam3.train.optim.optimizer import construct_optimizer
 from sam3.train.trainer import Trainer
 from sam3.train.transforms.filter_query_transforms import FilterEmptyTargets
-from sam3.train.utils.train_utils import get_amp_type, register_omegaconf_resolvers
+from sam3.train.utils.train_utils import get_amp_type
 from sam3_lora_wrapper.errors import UserError
 from sam3_lora_wrapper.launch import compose_config
 from sam3_lora_wrapper.synthetic import SHIFTED, write_dataset
@@ -27,12 +27,10 @@ from sam3_lora_wrapper.synthetic import SHIFTED, write_dataset
 def cfg(tmp_path_factory):
     """Composed configuration of the tiny run on eight generated images, accumulating two forwards."""
     data = write_dataset(tmp_path_factory.mktemp("data"), SHIFTED, train=8, valid=2)
-    register_omegaconf_resolvers()
-    yield compose_config("lora_tiny", [
+    return compose_config("lora_tiny", [
         f"paths.dataset_root={data}", f"paths.experiment_log_dir={data}/run", "data.num_workers=0",
         "training.batch_size=2", "training.gradient_accumulation_steps=2", "trainer.mode=train_only",
     ])
-    OmegaConf.clear_resolvers()
 
 
 @pytest.fixture(scope="module")
