@@ -148,7 +148,7 @@ class Lora:
         names = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
         self._require(names)
         if train is not None and train not in names:
-            raise UserError(f"adapter {train!r} cannot be trained: it is not among the active ones {list(names)}")
+            raise UserError(f"adapter {train!r} cannot be trained: it is not among the active {list(names)}")
         if len(names) > 1 and any(self.named[n].config.use_dora for n in names):
             raise UserError("adapters with use_dora are not added to others: activate one alone")
         if len([n for n in names if self.named[n].full]) > 1:
@@ -280,9 +280,8 @@ class Lora:
         for name in names:
             file = {"checkpoint": "checkpoint_last", "checkpoint_best": name}.get(name, f"{name}_adapter")
             save_adapter(self, f"{folder}/{file}.pt", epoch)
-            save_pretrained(
-                self, f"{folder}/adapter{name.removeprefix('checkpoint')}", epoch=epoch, run=run_record(folder)
-            )
+            kept = f"{folder}/adapter{name.removeprefix('checkpoint')}"
+            save_pretrained(self, kept, epoch=epoch, run=run_record(folder))
 
     def load_run(self, model: nn.Module, state_dict: dict[str, Tensor], ignore_missing_keys=None) -> None:
         """Load the adapter of a checkpoint from which the trainer resumes."""

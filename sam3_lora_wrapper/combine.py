@@ -24,4 +24,6 @@ def combined_config(configs: list[LoraConfig], ranks: dict[str, int]) -> LoraCon
         blocks = [c.layers.get(component) for c in configs if c.components.get(component)]
         layers[component] = blocks[0] if blocks and all(b == blocks[0] for b in blocks) else None
     # A layer that none of them adapts, but that these components and blocks name, has B = 0.
-    return LoraConfig(rank=1, alpha=1, components=components, layers=layers, rank_pattern=ranks, alpha_pattern=ranks)
+    return LoraConfig(
+        rank=1, alpha=1, components=components, layers=layers, rank_pattern=ranks, alpha_pattern=ranks
+    )

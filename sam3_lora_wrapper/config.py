@@ -68,6 +68,7 @@ class LoraConfig:
         return cls(**values)
 
     def to_dict(self) -> dict:
+        """The section as plain values, for files."""
         return asdict(self)
 
     def __post_init__(self):
@@ -80,6 +81,8 @@ class LoraConfig:
             if not isinstance(getattr(self, name), expected):
                 what = {dict: "a mapping", bool: "true or false"}.get(expected, "a list")
                 raise UserError(f"lora.{name}={getattr(self, name)!r}: must be {what}")
+        if not all(isinstance(path, str) for path in self.modules_to_save):
+            raise UserError(f"lora.modules_to_save={self.modules_to_save!r}: must be a list of names")
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"lora.{name}={getattr(self, name)!r}: must be one of {', '.join(allowed)}")
@@ -101,7 +104,7 @@ class LoraConfig:
             if not isinstance(kinds, (list, tuple)):
                 raise UserError(f"lora.components.{component}={kinds!r}: must be a list of layer kinds")
             for kind in kinds:
-                if kind not in KINDS and kind not in GROUPS:
+                if kind not in (*KINDS, *GROUPS):
                     raise UserError(
                         f"lora.components.{component}: no layer kind {kind!r}. "
                         f"Known: {', '.join([*GROUPS, *KINDS])}"

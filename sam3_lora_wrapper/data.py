@@ -131,8 +131,10 @@ class CocoPrompts:
             texts = self.texts[category]
             text = random.choice(texts) if self.synonyms else texts[0]
             queries.append(as_query(len(queries), text, category, list(range(first, len(objects)))))
-        for word in draw(self.foreign, self.max_foreign):
-            queries.append(as_query(len(queries), word, -1, []))
+        foreign = self.foreign if categories is self.chunks[0] else []  # once for each image
+        for word in draw(foreign, self.max_foreign):
+            # Below 0, where no category is.
+            queries.append(as_query(len(queries), word, -1 - self.foreign.index(word), []))
         return queries, objects
 
 

@@ -96,9 +96,11 @@ def average_precision(evaluation: COCOeval) -> dict[str, float]:
 def concept_f1(content: dict, predictions: list[dict], kind: str) -> dict[str, float]:
     """cgF1 and its two factors by the official evaluator.
 
-    To it, a pair of an image and a prompt is an "image": it is given one for each.
+    To it, a pair of an image and a prompt is an "image": it is given one for each, and so for each
+    foreign word (data.CocoPrompts), without which one category that every image shows has a cgF1 of 0.
     """
-    categories = sorted({a["category_id"] for a in content["annotations"]})
+    categories = {a["category_id"] for a in content["annotations"]}
+    categories |= {p["category_id"] for p in predictions if p["category_id"] < 0}
     pairs = {(i["id"], c): n for n, (i, c) in enumerate(product(content["images"], categories))}
     images = product(content["images"], categories)
     truth = {

@@ -36,7 +36,9 @@ ATTENTION = {
     "text_encoder": {"attn": "self_attn"},
     "geometry_encoder": {"self_attn": "self_attn", "cross_attn_image": "cross_attn"},
     "detr_encoder": {"self_attn": "self_attn", "cross_attn_image": "cross_attn"},
-    "detr_decoder": {"self_attn": "self_attn", "ca_text": "text_cross_attn", "cross_attn": "vision_cross_attn"},
+    "detr_decoder": {
+        "self_attn": "self_attn", "ca_text": "text_cross_attn", "cross_attn": "vision_cross_attn",
+    },
     "segmentation_head": {"cross_attend_prompt": "prompt_cross_attn"},
 }
 
@@ -80,7 +82,7 @@ def export_transformers(lora: Lora, output: str | Path) -> None:
     named = lora.named[name]
     if named.full:
         raise UserError(
-            f"the adapter trains parameters in full ({next(iter(named.full))}, ...), which a LoRA for transformers has no "
+            f"the adapter trains parameters in full ({next(iter(named.full))}, ...): this export has no "
             "place for. Train without lora.modules_to_save and lora.bias, or export `merged`"
         )
     names = {(t.module, kind): transformers_name(t, kind) for t in named.targets for kind in t.slices}
@@ -100,7 +102,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("kind", choices=EXPORTS)
-    parser.add_argument("--model_path", required=True, help="adapter: checkpoint_last.pt, or an adapter folder")
+    parser.add_argument("--model_path", required=True, help="checkpoint_last.pt, or an adapter folder")
     parser.add_argument("--output", required=True, help="file (merged) or folder (transformers) to write")
     parser.add_argument("--base", help="the base's weights, if not where they were in training")
     args = parser.parse_args()

@@ -13,7 +13,7 @@ REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def find_folder(source: str | Path, files: list[str]) -> Path:
-    """The folder that a path or the name of a repository means; its files are downloaded where they must be."""
+    """The folder that a path or the name of a repository means; its files are downloaded if need be."""
     if Path(source).is_dir():
         return Path(source)
     if not REPOSITORY.fullmatch(str(source)):
@@ -44,4 +44,4 @@ def hub_errors(what: str):
         yield
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{what} ({reason}). Check the name and the connection, and run `hf auth login`") from error
+        raise UserError(f"{what} ({reason}). Check name and connection, and run `hf auth login`") from error

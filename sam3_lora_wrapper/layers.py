@@ -167,6 +167,7 @@ class Adapted:
         return self._parameters[self.weight_name]
 
     def active_adapters(self) -> list[Adapter]:
+        """The adapters that the weight does not hold yet."""
         return [] if self.merged_from is not None else [self.adapters[n] for n in self.active]
 
     def active_factors(self) -> tuple[Tensor, Tensor] | None:
@@ -215,6 +216,7 @@ class AdaptedAttention(Adapted):
 
     @property
     def in_proj_weight(self) -> Tensor:
+        """W + B A; within a forward, always the same."""
         return self.adapted_weight() if self.in_use is None else self.in_use
 
     def forward(self, *args, **kwargs):

@@ -45,7 +45,7 @@ factors of zero, and where their scalings differ, these are folded into B. PEFT 
 update of the `out_proj` of attention modules twice (huggingface/peft#3774), so that B is stored at
 half its size. The dropout of this adapter acts on the inputs of A for all tokens alike; PEFT's
 differs, and spares attention modules."""
-NO_PEFT = "PEFT cannot load this adapter: it has DoRA in attention modules, and PEFT has it in linear layers alone."
+NO_PEFT = "PEFT cannot load this adapter: it has DoRA in attention modules, which PEFT refuses."
 TRANSFORMERS = """## Use
 
 ```python

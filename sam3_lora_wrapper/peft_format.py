@@ -153,8 +153,8 @@ def check_config(found: dict, expected: dict, folder: Path) -> None:
     for key, value in expected.items():
         if key != "base_model_name_or_path" and found.get(key) != value:
             raise UserError(
-                f"{folder / CONFIG}: {key}={found.get(key)!r}, but {WEIGHTS} beside it was written with {value!r}. "
-                "The two files are not of one adapter, or one was altered"
+                f"{folder / CONFIG}: {key}={found.get(key)!r}, but {WEIGHTS} beside it was written with "
+                f"{value!r}. The two files are not of one adapter, or one was altered"
             )
 
 
@@ -198,8 +198,8 @@ def load_folder(folder: Path, weights: str | None = None) -> nn.Module:
         weights: where the base's weights are, if not where they were in training.
     """
     record = read_folder(folder)[0]["base"]
-    if "config" not in record:
-        raise UserError(f"{folder} does not say how its base is built: load it with from_pretrained(base, folder)")
+    if not {"config", "weights"} <= record.keys():
+        raise UserError(f"{folder} does not say how its base is built: use from_pretrained(base, folder)")
     return from_pretrained(build_base(record["config"], weights or record["weights"]), folder)
 
 

@@ -89,7 +89,9 @@ def official_layers(model: nn.Module, targets: list[Target], config: LoraConfig)
     return [peft_layer(path, weights, config) for path, weights in modules.items()]
 
 
-def split_layers(targets: list[Target], names: dict[tuple[str, str], str], config: LoraConfig) -> list[PeftLayer]:
+def split_layers(
+    targets: list[Target], names: dict[tuple[str, str], str], config: LoraConfig
+) -> list[PeftLayer]:
     """The targets for a model in which every layer kind is a module of its own.
 
     Args:

@@ -28,8 +28,8 @@ def table(model: nn.Module, targets: list[Target], full: list[str]) -> str:
     for component in COMPONENTS:
         own = [t for t in targets if t.component == component]
         if own:
-            kinds = [k for k in KINDS if any(k in t.slices for t in own)]
-            rows.append((component, sum(len(t.slices) for t in own), sum(t.parameters for t in own), ", ".join(kinds)))
+            kinds = ", ".join(k for k in KINDS if any(k in t.slices for t in own))
+            rows.append((component, sum(len(t.slices) for t in own), sum(t.parameters for t in own), kinds))
     if full:
         rows.append(("trained in full", len(full), sum(base[name] for name in full), ""))
     rows.append(("all", sum(r[1] for r in rows), sum(r[2] for r in rows), ""))

@@ -6,8 +6,6 @@ from torch import Tensor
 
 from .evaluation import FIRES
 
-FOREIGN = -1  # the category id of prompts that no image of the dataset shows
-
 
 def fires(find_stages) -> Tensor:
     """Whether each prompt finds anything, bool of shape (prompts,)."""
@@ -39,7 +37,7 @@ class AbsentPrompts:
     def update(self, find_stages, find_metadatas, model, batch, **_unused) -> None:
         """Count the absent prompts of a batch."""
         absent = batch.find_targets[0].num_boxes == 0
-        foreign = find_metadatas[0].original_category_id == FOREIGN
+        foreign = find_metadatas[0].original_category_id < 0  # see data.CocoPrompts
         columns = [torch.ones_like(absent), fires(find_stages)]
         lora = getattr(getattr(model, "module", model), "lora", None)
         if lora is not None and self.base is None:

@@ -5,6 +5,7 @@ The patched official trainer calls `after_validation` and `after_run` in its fir
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -15,6 +16,7 @@ from torchvision.transforms.functional import to_pil_image
 from .visuals import Validation
 
 PICTURES = 4  # images in each picture
+POINTS = 1000  # of each curve at most
 METERS = "Meters_train/val_detection/"
 COCO = f"{METERS}coco/"
 PANELS = {  # of the plot: which curves, and the number of the first point
@@ -61,8 +63,10 @@ def read_stats(path: Path) -> dict[int, dict]:
 
 
 def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """(step, value) pairs of every scalar in TensorBoard's files, by name."""
-    events = EventAccumulator(str(folder), size_guidance={"tensors": 0})
+    """(step, value) pairs of every scalar in TensorBoard's files, by name; POINTS of each, evenly drawn."""
+    if not folder.is_dir():  # TensorBoard is switched off
+        return {}
+    events = EventAccumulator(str(folder), size_guidance={"tensors": POINTS})
     events.Reload()
     return {
         tag: [(e.step, make_ndarray(e.tensor_proto).item()) for e in events.Tensors(tag)]
@@ -134,11 +138,9 @@ def metric_section(stats: dict[int, dict]) -> list[str]:
 def class_section(stats: dict, validation: Validation) -> list[str]:
     """AP of each category, with the number of its objects."""
     kinds = [kind for kind in ("box", "mask") if f"{COCO}{kind}_AP" in stats]
-    rows = []
-    for category, name in validation.names.items():
-        objects = sum(a["category_id"] == category for a in validation.content["annotations"])
-        if objects:
-            rows.append([name, objects, *(stats.get(f"{COCO}{kind}_AP/{name}", "-") for kind in kinds)])
+    objects = Counter(validation.names[a["category_id"]] for a in validation.content["annotations"])
+    rows = [[name, count, *(stats.get(f"{COCO}{kind}_AP/{name}", "-") for kind in kinds)]
+            for name, count in objects.most_common()]
     return ["## Categories", table(["category", "objects", *(f"{kind} AP" for kind in kinds)], rows)]
 
 

@@ -1,9 +1,9 @@
 """The progress bar over an epoch of the official trainer."""
 
+import logging
 from collections.abc import Iterable
 from contextlib import nullcontext
 
-import logging
 import psutil
 from sam3.train.utils.distributed import get_rank
 from torch.optim import Optimizer

@@ -16,7 +16,9 @@ COMPONENTS = {
     "detr_decoder": "transformer.decoder.layers",
     "segmentation_head": "segmentation_head",
 }
-FEED_FORWARD = {"fc1": "fc1", "fc2": "fc2", "c_fc": "fc1", "c_proj": "fc2", "linear1": "fc1", "linear2": "fc2"}
+FEED_FORWARD = {
+    "fc1": "fc1", "fc2": "fc2", "c_fc": "fc1", "c_proj": "fc2", "linear1": "fc1", "linear2": "fc2",
+}
 
 
 @dataclass(frozen=True)
@@ -91,12 +93,13 @@ def _selected_blocks(choice, root: nn.Module, component: str) -> range | None:
     )
 
 
-def _pattern_value(patterns: dict, layer: str, default, what: str):
-    """Value of the pattern that matches a layer; two that disagree are an error."""
+def _pattern_value(config: LoraConfig, what: str, layer: str):
+    """`rank` or `alpha` of a layer: that of the pattern that matches it; two that disagree are an error."""
+    patterns = getattr(config, f"{what}_pattern")
     values = {p: v for p, v in patterns.items() if fnmatchcase(layer, p)}
     if len(set(values.values())) > 1:
-        raise UserError(f"lora.{what}: {layer} matches patterns that disagree: {values}")
-    return next(iter(values.values()), default)
+        raise UserError(f"lora.{what}_pattern: {layer} matches patterns that disagree: {values}")
+    return next(iter(values.values()), getattr(config, what))
 
 
 def _component_targets(model: nn.Module, component: str, config: LoraConfig):
@@ -128,14 +131,14 @@ def _component_targets(model: nn.Module, component: str, config: LoraConfig):
 
 
 def _target(component: str, owner: str, shape, slices: dict, config: LoraConfig) -> Target:
-    rank = {k: _pattern_value(config.rank_pattern, f"{owner}.{k}", config.rank, "rank_pattern") for k in slices}
-    alpha = {k: _pattern_value(config.alpha_pattern, f"{owner}.{k}", config.alpha, "alpha_pattern") for k in slices}
+    rank = {k: _pattern_value(config, "rank", f"{owner}.{k}") for k in slices}
+    alpha = {k: _pattern_value(config, "alpha", f"{owner}.{k}") for k in slices}
     for kind, (start, stop) in slices.items():
         limit = min(stop - start, shape[1])
         if rank[kind] > limit:
             raise UserError(
                 f"lora: rank {rank[kind]} is above the dimension of {owner} ({kind}: {stop - start} x "
-                f"{shape[1]}): at most {limit} there. Lower lora.rank, or set lora.rank_pattern for that layer"
+                f"{shape[1]}): at most {limit} there. Lower lora.rank, or give that layer a lora.rank_pattern"
             )
     return Target(component, owner, tuple(shape), slices, rank, alpha)
 

@@ -23,7 +23,7 @@ def require_tensors(found: Mapping, shapes: Mapping[str, tuple], what: str) -> N
         if not isinstance(found[key], torch.Tensor):
             problems.append(f"{key} is no tensor")
         elif found[key].shape != tuple(shape):
-            problems.append(f"shape of {key}: {tuple(found[key].shape)} in the file, {tuple(shape)} in the model")
+            problems.append(f"shape of {key}: {tuple(found[key].shape)} in the file, {tuple(shape)} expected")
         elif not torch.isfinite(found[key]).all():
             problems.append(f"NaN or infinity in {key}")
     if problems:

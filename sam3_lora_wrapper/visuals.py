@@ -43,7 +43,7 @@ class Validation:
         tiles = []
         for i in image_ids:
             picture = open_image(self.folder / self.images[i]["file_name"])
-            tiles += [draw_tile(picture, self.images[i], objects[i], self.names) for objects in (truth, given)]
+            tiles += [draw_tile(picture, self.images[i], drawn[i], self.names) for drawn in (truth, given)]
         return make_grid(torch.stack(tiles), nrow=2, padding=4, pad_value=255)
 
     def sample(self, count: int, seed: int = 0) -> list[int]:
@@ -64,7 +64,8 @@ def image_f1(evaluation: COCOeval) -> dict[int, float]:
     counts = defaultdict(lambda: torch.zeros(3))
     for entry in evaluation.evalImgs:
         if entry is not None and entry["aRng"] == evaluation.params.areaRng[0]:
-            given = (torch.tensor(entry["dtScores"]) >= FIRES) & ~torch.from_numpy(entry["dtIgnore"][0]).bool()
+            ignored = torch.from_numpy(entry["dtIgnore"][0]).bool()
+            given = (torch.tensor(entry["dtScores"]) >= FIRES) & ~ignored
             found = given & torch.from_numpy(entry["dtMatches"][0] > 0)
             objects = torch.as_tensor(entry["gtIgnore"]) == 0
             counts[int(entry["image_id"])] += torch.stack([found.sum(), given.sum(), objects.sum()])

@@ -77,7 +77,7 @@ def test_missing_unexpected_and_misshapen_keys_are_listed_and_nothing_is_loaded(
     with pytest.raises(UserError) as error:
         load_weights(model, path)
     for line in ("3 tensors", "missing: dot_prod_scoring.hs_proj.bias", "unexpected: dot_prod_scoring.extra",
-                 "transformer.decoder.norm.weight: (3,) in the file, (64,) in the model"):
+                 "transformer.decoder.norm.weight: (3,) in the file, (64,) expected"):
         assert line in str(error.value)
     assert shape == (64,)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

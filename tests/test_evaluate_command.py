@@ -1,15 +1,21 @@
 """Validation in a run of the official trainer, its best checkpoint, and the evaluate command."""
 
+import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from hydra.utils import instantiate
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from sam3_lora_wrapper.checkpoint import read_adapter
+from sam3_lora_wrapper.errors import UserError
+from sam3_lora_wrapper.evaluate import evaluation_config
 from sam3_lora_wrapper.run_report import METERS, read_scalars, read_stats
 from sam3_lora_wrapper.synthetic import BASE, write_dataset
 
@@ -30,15 +36,17 @@ def data(tmp_path_factory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("data"), BASE, train=4, valid=2, seed=4)
 
 
+def train(data: Path, folder: Path, *overrides: str) -> subprocess.CompletedProcess:
+    return command("sam3/train/train.py", "-c", "lora_tiny.yaml", f"paths.dataset_root={data}", *overrides,
+                   f"paths.experiment_log_dir={folder}", "data.num_workers=0", "training.batch_size=2")
+
+
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory) -> Path:
     """A run that is validated after every epoch, with a rate so high that the adapter gets worse."""
     folder = tmp_path_factory.mktemp("run")
-    done = command(
-        "sam3/train/train.py", "-c", "lora_tiny.yaml", f"paths.dataset_root={data}", "data.num_workers=0",
-        f"paths.experiment_log_dir={folder}", "augment=official", "training.batch_size=2", "training.lr=0.02",
-        "training.max_epochs=2", "training.val_epoch_freq=1", "trainer.skip_first_val=false",
-    )
+    done = train(data, folder, "augment=official", "training.lr=0.02", "training.max_epochs=2",
+                 "training.val_epoch_freq=1", "trainer.skip_first_val=false")
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
@@ -104,7 +112,7 @@ def test_evaluating_an_adapter_gives_the_numbers_of_its_run(run) -> None:
     assert path.read_bytes() == before and not list(folder.rglob("*.pt"))
 
 
-def test_evaluating_the_bare_base_on_another_split(run, data, tmp_path) -> None:
+def test_evaluating_the_bare_base_on_another_split(data, tmp_path) -> None:
     done = evaluate("-c", "lora_tiny.yaml", "--split", "train", "--output", tmp_path / "out",
                     f"paths.dataset_root={data}", "data.num_workers=0")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -115,21 +123,47 @@ def test_evaluating_the_bare_base_on_another_split(run, data, tmp_path) -> None:
     assert {p["image_id"] for p in dumped} == {1, 2, 3, 4}
 
 
-@pytest.mark.parametrize("arguments, said", [
-    (["--model_path", "{run}/none.pt"], "none.pt: no such file"),
-    (["--model_path", "{run}/checkpoints/checkpoint_last.pt", "--split", "nowhere"], "nowhere: no such folder"),
-    (["--model_path", "{run}/checkpoints/checkpoint_last.pt", "model.resolution=112"], "was trained at 96 px"),
-])
-def test_mistakes_end_in_one_message(run, data, tmp_path, arguments: list, said: str) -> None:
-    done = evaluate(*(a.format(run=run) for a in arguments), "--output", tmp_path,
-                    *([] if "last" in arguments[1] else ["-c", "lora_tiny.yaml", f"paths.dataset_root={data}"]))
-    assert done.returncode == 1
-    assert "Traceback" not in done.stdout + done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith("error: ") and said in done.stderr
+def arguments(**given) -> argparse.Namespace:
+    names = ("config", "model_path", "base", "split", "output")
+    return argparse.Namespace(**dict.fromkeys(names) | {"overrides": []} | given)
+
+
+def test_folder_of_an_adapter_brings_its_resolution_and_prompts(run, data, tmp_path) -> None:
+    folder = run / "checkpoints" / "adapter_best"
+    cfg = evaluation_config(arguments(model_path=folder, output=tmp_path))
+    assert (cfg.data.val_transforms[1].sizes, dict(cfg.data.prompts)) == (96, {})
+    model = instantiate(cfg.trainer.model, _convert_="all")
+    saved = read_adapter(run / "checkpoints" / "checkpoint_best.pt")["adapter"]
+    state = model.lora.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in saved.items())
+
+
+def test_mistakes_are_named(run, data, tmp_path) -> None:
+    last = run / "checkpoints" / "checkpoint_last.pt"
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        evaluation_config(arguments(model_path=last, split="nowhere", output=tmp_path))
+    only = tmp_path / "only"
+    shutil.copytree(data / "train", only / "train")
+    with pytest.raises(UserError, match="only has no validation split. Name one with --split"):
+        evaluation_config(arguments(model_path=last, output=tmp_path, overrides=[f"paths.dataset_root={only}"]))
+
+
+def test_a_missing_adapter_ends_in_one_message(data, tmp_path) -> None:
+    done = evaluate("--model_path", tmp_path / "none.pt", "-c", "lora_tiny.yaml", f"paths.dataset_root={data}")
+    assert done.returncode == 1 and done.stderr.startswith(f"error: {tmp_path / 'none.pt'}: no such file")
+
+
+def test_run_without_a_validation_split_trains_and_says_so(data, tmp_path) -> None:
+    shutil.copytree(data / "train", tmp_path / "data" / "train")
+    done = train(tmp_path / "data", tmp_path / "run", "training.max_epochs=1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no validation split: the run trains without validation" in done.stdout + done.stderr
+    assert read_adapter(tmp_path / "run" / "checkpoints" / "checkpoint_last.pt")["epoch"] == 1
+    assert not (tmp_path / "run" / "checkpoints" / "checkpoint_best.pt").exists()
+    assert "## Curves" in (tmp_path / "run" / "summary.md").read_text()
 
 
 def test_a_best_metric_that_is_none_is_refused_before_anything_is_built(data, tmp_path) -> None:
-    done = command("sam3/train/train.py", "-c", "lora_tiny.yaml", f"paths.dataset_root={data}",
-                   f"paths.experiment_log_dir={tmp_path / 'run'}", "training.best_metric=mask_ap")
+    done = train(data, tmp_path / "run", "training.best_metric=mask_ap")
     assert done.returncode == 1 and "training.best_metric=mask_ap: no such metric" in done.stderr
     assert not (tmp_path / "run").exists()

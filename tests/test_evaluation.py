@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from sam3_lora_wrapper.adapters import Lora
 from sam3_lora_wrapper.base import build_base
 from sam3_lora_wrapper.coco import load_coco
 from sam3_lora_wrapper.config import LoraConfig
+from sam3_lora_wrapper.data import CocoPrompts
 from sam3_lora_wrapper.errors import UserError
 from sam3_lora_wrapper.evaluation import CocoEvaluator, average_precision, check_metric, concept_f1, match
 from sam3_lora_wrapper.image_files import open_image
@@ -107,7 +109,8 @@ def test_cgf1_is_the_product_of_its_hand_counted_factors() -> None:
         (1, 2, [0, 0, 50, 10], 0.6),    # fires on an absent category
         (2, 2, [0, 0, 100, 10], 0.49),  # too low to count: a miss
         (3, 1, [0, 0, 100, 10], 0.5),
-        (3, -1, [0, 0, 100, 10], 0.9),  # a foreign word is no category
+        (3, -1, [0, 0, 100, 10], 0.9),  # fires on a foreign word
+        (1, -1, [0, 0, 100, 10], 0.1),
     ]
     predictions = [{"image_id": i, "category_id": c, "bbox": b, "score": s} for i, c, b, s in given]
     results = concept_f1(truth, predictions, "bbox")
@@ -115,12 +118,22 @@ def test_cgf1_is_the_product_of_its_hand_counted_factors() -> None:
     def f1(right: int) -> float:  # of 2 predictions in positive pairs, and of 3 objects
         return 2 * right / (2 + 3)
 
-    # Of the six pairs: 2 true positives, 1 false positive, 1 false negative, 2 true negatives.
-    mcc = (2 * 2 - 1 * 1) / math.sqrt(3 * 3 * 3 * 3)
+    # Three images, two categories, one foreign word: 2 true positives, 2 false positives (the absent
+    # category, the word), 1 false negative, 4 true negatives.
+    mcc = (2 * 4 - 2 * 1) / math.sqrt(4 * 3 * 6 * 5)
     micro = 0.7 * f1(2) + 0.3 * f1(1)
     assert results["IL_MCC"] == pytest.approx(mcc, abs=1e-6)
     assert results["positive_micro_F1"] == pytest.approx(micro, abs=2e-4)  # the evaluator adds 1e-4 to divisors
     assert results["cgF1"] == pytest.approx(micro * mcc, abs=2e-4)
+
+
+def test_foreign_words_give_a_single_category_a_cgf1() -> None:
+    truth = box_truth([(1, 1, [0, 0, 100, 10])], images=1)
+    right = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 100, 10], "score": 0.9}
+    assert concept_f1(truth, [right], "bbox")["cgF1"] == 0  # there is nothing to be negative about
+    word = right | {"category_id": -1, "score": 0.1}
+    assert concept_f1(truth, [right, word], "bbox")["cgF1"] == pytest.approx(1, abs=2e-4)
+    assert concept_f1(truth, [right, word | {"score": 0.9}], "bbox")["cgF1"] == 0
 
 
 def test_an_object_without_a_mask_counts_neither_for_nor_against(folder, dumped, tmp_path) -> None:
@@ -155,6 +168,18 @@ def test_best_metric_must_be_one_that_a_validation_gives(name: str, masks: bool,
 
 
 # ------------------------------------------------------------ retention
+
+
+def test_validation_asks_each_foreign_word_once_of_each_image(folder) -> None:
+    made = CocoPrompts(str(folder / "_annotations.coco.json"), str(folder), category_chunk_size=2,
+                       max_foreign=None, foreign_negatives=["camel", "bagpipes", "circle"])
+    asked = Counter()
+    for i in made.getDatapointIds():
+        image = made.loadImagesFromDatapoint(i)[0]["original_img_id"]
+        asked.update((image, q["query_text"], q["original_cat_id"])
+                     for q in made.loadQueriesAndAnnotationsFromDatapoint(i)[0] if q["original_cat_id"] < 0)
+    words = (("camel", -1), ("bagpipes", -2))  # circle is a category
+    assert asked == Counter({(image, *word): 1 for image in range(1, 7) for word in words})
 
 
 @pytest.fixture(scope="module")

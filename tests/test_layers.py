@@ -7,7 +7,6 @@ from itertools import chain, combinations
 import peft
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
@@ -36,6 +35,8 @@ ATTENTION = {
     "transformer.decoder.layers.0.cross_attn": [("q", "v")],
     "segmentation_head.cross_attend_prompt": [("q", "k", "v")],
 }
+VIT_QKV, DETR_ATTENTION = "backbone.vision_backbone.trunk.blocks.1.attn.qkv", "transformer.encoder.layers.0.self_attn"
+BOTH_FORMS = pytest.mark.parametrize("path, kinds", [(VIT_QKV, ("q", "v")), (DETR_ATTENTION, ("q", "v"))])
 CASES = [(p, s) for p, kinds in chain(LINEAR.items(), ATTENTION.items()) for s in kinds]
 
 
@@ -151,9 +152,7 @@ def test_who_reads_the_weight_sees_the_adapter(official, variant: str) -> None:
     assert torch.equal(module.state_dict()["weight"], plain.weight)
 
 
-@pytest.mark.parametrize("path, kinds", [
-    ("backbone.vision_backbone.trunk.blocks.1.mlp.fc1", ("fc1",)), ("transformer.encoder.layers.0.self_attn", ("q", "v")),
-])
+@BOTH_FORMS
 def test_dropout_drops_inputs_of_a_in_training_alone(official, path: str, kinds: tuple) -> None:
     module, plain, x = official(path)
     adapter = add_adapter(module, kinds, dropout=0.4)
@@ -176,9 +175,7 @@ def test_dropout_drops_inputs_of_a_in_training_alone(official, path: str, kinds:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("path, kinds", [
-    ("backbone.vision_backbone.trunk.blocks.1.attn.qkv", ("q", "v")), ("transformer.encoder.layers.0.self_attn", ("q", "v")),
-])
+@BOTH_FORMS
 @pytest.mark.parametrize("variant", ["plain", "DoRA"])
 def test_autocast_computes_in_its_dtype_and_gives_gradients_in_float32(
     official, path: str, kinds: tuple, dtype: torch.dtype, variant: str
@@ -199,16 +196,14 @@ def test_autocast_computes_in_its_dtype_and_gives_gradients_in_float32(
 
 
 def test_base_in_bfloat16_stays_in_bfloat16(official) -> None:
-    for path, kinds in (("transformer.encoder.layers.0.self_attn", ("q",)), ("transformer.decoder.layers.0.linear1", ("fc1",))):
+    for path, kinds in ((DETR_ATTENTION, ("q",)), ("transformer.decoder.layers.0.linear1", ("fc1",))):
         module, _, x = official(path, torch.bfloat16)
         adapter = add_adapter(module, kinds, use_dora=True).float()
         assert call(module, x).dtype == torch.bfloat16 and adapter.lora_A[kinds[0]].dtype == torch.float32
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("path, kinds", [
-    ("backbone.vision_backbone.trunk.blocks.1.attn.qkv", ("q", "v")), ("transformer.encoder.layers.0.self_attn", ("q", "v")),
-])
+@BOTH_FORMS
 def test_activation_checkpointing_changes_no_gradient(official, path: str, kinds: tuple, reentrant: bool) -> None:
     module, _, x = official(path)
     adapter = add_adapter(module, kinds, dropout=0.3)
@@ -238,25 +233,21 @@ def test_linear_keeps_its_input_and_nothing_else_of_its_size(official) -> None:
     assert factors <= sum(p.numel() for p in adapter.parameters())
 
 
+@BOTH_FORMS
 @pytest.mark.parametrize("variant", ["plain", "DoRA"])
-def test_compiles_without_graph_breaks(official, variant: str) -> None:
-    for path, kinds in (("backbone.vision_backbone.trunk.blocks.1.attn.qkv", ("q", "v")),
-                        ("transformer.encoder.layers.0.self_attn", ("q", "v"))):
-        module, _, x = official(path)
-        adapter = add_adapter(module, kinds, **VARIANTS[variant])
-        torch.compiler.reset()
-        compiled = torch.compile(lambda x: call(module, x), backend="aot_eager", fullgraph=True)
-        y, expected = compiled(x), call(module, x)
-        torch.testing.assert_close(y, expected, rtol=0, atol=1e-10)
-        for a, b in zip(torch.autograd.grad(y.sum(), list(adapter.parameters())),
-                        torch.autograd.grad(expected.sum(), list(adapter.parameters()))):
-            torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+def test_compiles_without_graph_breaks(official, path: str, kinds: tuple, variant: str) -> None:
+    module, _, x = official(path)
+    trained = list(add_adapter(module, kinds, **VARIANTS[variant]).parameters())
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: call(module, x), backend="aot_eager", fullgraph=True)
+    y, expected = compiled(x), call(module, x)
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-10)
+    for a, b in zip(torch.autograd.grad(y.sum(), trained), torch.autograd.grad(expected.sum(), trained)):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("path, kinds", [
-    ("backbone.vision_backbone.trunk.blocks.1.attn.qkv", ("q", "v")), ("transformer.encoder.layers.0.self_attn", ("k",)),
-])
+@BOTH_FORMS
 def test_merge_writes_the_dense_weight_and_unmerge_is_exact(official, path: str, kinds: tuple, variant: str) -> None:
     module, plain, x = official(path)
     adapter = add_adapter(module, kinds, dropout=0.5, **VARIANTS[variant])

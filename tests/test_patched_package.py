@@ -85,7 +85,8 @@ def test_lora_plus_and_full_rates_reach_their_parameters(cfg) -> None:
     for group in optimizer.optimizer.param_groups:
         for parameter in group["params"]:
             name = names[id(parameter)]
-            rate = 3e-3 if ".lora_A." in name else 16 * 3e-3 if ".lora_B." in name else 5e-5
+            adapter = changed.training.lr
+            rate = adapter if ".lora_A." in name else 16 * adapter if ".lora_B." in name else 5e-5
             assert group["lr"] == pytest.approx(rate, rel=1e-6), name
             assert group["weight_decay"] == (0 if ".lora_" in name else 0.01), name
 

@@ -1,7 +1,6 @@
 """Adapter folders: PEFT reads them onto the official model, ours come back bit for bit, the hub takes them."""
 
 import base64
-import copy
 import hashlib
 import json
 import os
@@ -15,8 +14,7 @@ import peft
 import pytest
 import safetensors.torch
 import torch
-from conftest import EVERYTHING
-from test_adapters import close, config, difference, randomise, same, snapshot
+from small_models import close, config, copied, difference, randomise, same, snapshot
 from torch import nn
 
 from sam3_lora_wrapper.adapters import Lora
@@ -52,7 +50,7 @@ def trained(model: nn.Module, **options) -> Lora:
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @torch.no_grad()
 def test_peft_loads_the_folder_onto_the_official_model(tiny, forward, tmp_path: Path, options: dict) -> None:
-    base, reference = copy.deepcopy(tiny).eval(), forward(tiny.eval())
+    base, reference = copied(tiny).eval(), forward(tiny.eval())
     lora = trained(tiny, **options)
     save_pretrained(lora, tmp_path)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path)
@@ -65,7 +63,7 @@ def test_peft_loads_the_folder_onto_the_official_model(tiny, forward, tmp_path: 
                          ids=[*OPTIONS, "DoRA everywhere"])
 @torch.no_grad()
 def test_round_trip_is_exact(tiny, forward, tmp_path: Path, options: dict) -> None:
-    base = copy.deepcopy(tiny)
+    base = copied(tiny)
     lora = trained(tiny, **options)
     save_pretrained(lora, tmp_path)
     loaded = from_pretrained(base, tmp_path)
@@ -79,7 +77,7 @@ def test_round_trip_is_exact(tiny, forward, tmp_path: Path, options: dict) -> No
 
 
 def test_peft_refuses_dora_in_attention_and_the_card_says_so(tiny, tmp_path: Path) -> None:
-    base = copy.deepcopy(tiny)
+    base = copied(tiny)
     save_pretrained(trained(tiny, use_dora=True), tmp_path / "dora")
     with pytest.raises(ValueError, match="DoRA"):
         peft.PeftModel.from_pretrained(base, tmp_path / "dora")
@@ -90,7 +88,8 @@ def test_peft_still_adds_the_update_of_out_proj_twice() -> None:
     """Why our B of out_proj is halved in the folder: once PEFT adds it once, this fails, and that must go."""
     attention = nn.MultiheadAttention(8, 2)
     weight = attention.out_proj.weight.detach().clone()
-    layer = peft.get_peft_model(nn.Sequential(attention), peft.LoraConfig(r=2, target_modules=["0"])).base_model.model[0]
+    layer = peft.get_peft_model(nn.Sequential(attention), peft.LoraConfig(r=2, target_modules=["0"]))
+    layer = layer.base_model.model[0]
     out = layer.base_layer.out_proj
     nn.init.normal_(out.lora_B["default"].weight)
     layer.merge()
@@ -135,30 +134,35 @@ def edit_tensors(folder: Path, change) -> None:
     safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata)
 
 
-def describe(**values):
-    """A change of the description in the metadata."""
-    def change(tensors, metadata):
-        description = json.loads(metadata["sam3-lora"])
-        metadata["sam3-lora"] = json.dumps(description | values)
-    return change
-
-
 def edit_json(**values):
     return lambda folder: (folder / CONFIG).write_text(json.dumps(json.loads((folder / CONFIG).read_text()) | values))
 
 
+def tensors(change):
+    """A damage to the tensors of a folder."""
+    return lambda folder: edit_tensors(folder, lambda tensors, metadata: change(tensors))
+
+
+def description(**values):
+    """A damage to the description in the metadata of a folder."""
+    def change(tensors, metadata):
+        metadata["sam3-lora"] = json.dumps(json.loads(metadata["sam3-lora"]) | values)
+    return lambda folder: edit_tensors(folder, change)
+
+
 QKV = "base_model.model.backbone.vision_backbone.trunk.blocks.0.attn.qkv"
+A, B = f"{QKV}.lora_A.weight", f"{QKV}.lora_B.weight"
 MISTAKES = {
-    "a missing tensor": (lambda f: edit_tensors(f, lambda t, m: t.pop(f"{QKV}.lora_A.weight")), f"missing: {QKV}.lora_A"),
-    "an extra tensor": (lambda f: edit_tensors(f, lambda t, m: t.update(extra=torch.ones(1))), "unexpected: extra"),
-    "a shape": (lambda f: edit_tensors(f, lambda t, m: t.update({f"{QKV}.lora_A.weight": torch.ones(2, 96)})), "(2, 96) in the file, (6, 96)"),
-    "NaN": (lambda f: edit_tensors(f, lambda t, m: t[f"{QKV}.lora_A.weight"].fill_(float("nan"))), "NaN or infinity in"),
-    "values of no slice": (lambda f: edit_tensors(f, lambda t, m: t[f"{QKV}.lora_B.weight"].fill_(1)), "values outside of the adapted rows"),
-    "a newer version": (lambda f: edit_tensors(f, describe(version=99)), "newer SAM3-LoRA (format 99"),
-    "another rank": (lambda f: edit_tensors(f, describe(lora=config(rank=4).to_dict())), "(6, 96) in the file, (12, 96)"),
-    "a key of the future": (lambda f: edit_tensors(f, describe(lora={"rank": 2, "magic": 1})), "lora.magic: no such key"),
-    "another architecture": (lambda f: edit_tensors(f, describe(base={"parameters": 840509750, "fingerprint": ""})), "of 840509750 parameters"),
-    "other weights": (lambda f: edit_tensors(f, describe(base=None)), "no `base`"),
+    "a missing tensor": (tensors(lambda t: t.pop(A)), f"missing: {A}"),
+    "an extra tensor": (tensors(lambda t: t.update(extra=torch.ones(1))), "unexpected: extra"),
+    "a shape": (tensors(lambda t: t.update({A: torch.ones(2, 96)})), "(2, 96) in the file, (6, 96)"),
+    "NaN": (tensors(lambda t: t[A].fill_(float("nan"))), "NaN or infinity in"),
+    "values of no slice": (tensors(lambda t: t[B].fill_(1)), "values outside of the adapted rows"),
+    "a newer version": (description(version=99), "newer SAM3-LoRA (format 99"),
+    "another rank": (description(lora=config(rank=4).to_dict()), "(6, 96) in the file, (12, 96)"),
+    "a key of the future": (description(lora={"rank": 2, "magic": 1}), "lora.magic: no such key"),
+    "another architecture": (description(base={"parameters": 840509750, "fingerprint": ""}), "of 840509750 parameters"),
+    "no base": (description(base=None), "no `base`"),
     "no description": (lambda f: edit_tensors(f, lambda t, m: m.pop("sam3-lora")), "not an adapter of SAM3-LoRA"),
     "a configuration that disagrees": (edit_json(r=4), "r=4, but"),
     "other target modules": (edit_json(target_modules=["qkv"]), "target_modules=['qkv'], but"),
@@ -172,7 +176,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("damage, said", MISTAKES.values(), ids=MISTAKES)
 def test_what_does_not_fit_is_refused_and_the_model_left_alone(tiny, tmp_path: Path, damage, said: str) -> None:
-    base = copy.deepcopy(tiny).requires_grad_(True)
+    base = copied(tiny).requires_grad_(True)
     save_pretrained(trained(tiny), tmp_path)
     damage(tmp_path)
     before, modules = snapshot(base), [type(m) for m in base.modules()]
@@ -184,7 +188,7 @@ def test_what_does_not_fit_is_refused_and_the_model_left_alone(tiny, tmp_path: P
 
 
 def test_other_weights_of_the_same_shapes_are_refused_though_peft_does_not_notice(tiny, tmp_path: Path) -> None:
-    base = copy.deepcopy(tiny)
+    base = copied(tiny)
     save_pretrained(trained(tiny), tmp_path)
     with torch.no_grad():
         base.transformer.decoder.norm.bias.add_(1e-3)
@@ -194,13 +198,19 @@ def test_other_weights_of_the_same_shapes_are_refused_though_peft_does_not_notic
     peft.PeftModel.from_pretrained(base, tmp_path)
 
 
+def test_folder_that_does_not_name_its_base_says_what_to_do(tiny, tmp_path: Path) -> None:
+    save_pretrained(trained(tiny), tmp_path)
+    with pytest.raises(UserError, match="use from_pretrained"):
+        load_model(tmp_path)
+
+
 def test_no_such_folder(tiny) -> None:
     with pytest.raises(UserError, match="no such folder, and not the name"):
         from_pretrained(tiny, "/nowhere/adapter")
 
 
 def test_bad_name_leaves_the_model_alone(tiny, tmp_path: Path) -> None:
-    base = copy.deepcopy(tiny)
+    base = copied(tiny)
     save_pretrained(trained(tiny), tmp_path)
     with pytest.raises(UserError, match="not a plain word"):
         from_pretrained(base, tmp_path, "my adapter")
@@ -252,8 +262,8 @@ class Hub(BaseHTTPRequestHandler):
         elif self.path == "/api/repos/create":
             self.answer({"url": address})
         elif "/preupload/" in self.path:
-            files = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]]
-            self.answer({"files": files})
+            names = [f["path"] for f in json.loads(body)["files"]]
+            self.answer({"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]})
         elif "/commit/" in self.path:
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
@@ -272,8 +282,8 @@ class Hub(BaseHTTPRequestHandler):
         elif "/tree/" in self.path:
             self.answer([{"type": "file", "path": n, "size": len(b), "oid": "b" * 40} for n, b in self.files.items()])
         else:
-            siblings = [{"rfilename": n} for n in self.files]
-            self.answer({"id": "me/adapter", "sha": "a" * 40, "private": False, "siblings": siblings, "tags": [], "downloads": 0})
+            about = {"id": "me/adapter", "sha": "a" * 40, "private": False, "tags": [], "downloads": 0}
+            self.answer(about | {"siblings": [{"rfilename": n} for n in self.files]})
 
     do_HEAD = do_GET
 
@@ -284,7 +294,7 @@ class Hub(BaseHTTPRequestHandler):
 HUB_PROGRAM = """
 import sys, torch, json
 sys.path.insert(0, "tests")
-from conftest import run_forward
+from small_models import run_forward
 from sam3_lora_wrapper import from_pretrained, load_model, push_to_hub
 from sam3_lora_wrapper.base import build_base
 from sam3_lora_wrapper.launch import readable_errors
@@ -333,7 +343,7 @@ def test_push_to_the_hub_and_pull_from_it(hub) -> None:
 
 
 def test_refusals_of_the_hub_are_one_message(hub) -> None:
-    for what, said in (("push", "the upload failed"), ("pull", "me/other: no such folder, and not to be had from the hub")):
+    for what, said in (("push", "me/adapter: the upload failed"), ("pull", "me/other: no such folder, and not to be")):
         done = hub(what, None)
         message = done.stderr.splitlines()[-1]
         assert done.returncode == 1 and message.startswith("error: ") and "Traceback" not in done.stderr, done.stderr

@@ -70,7 +70,8 @@ def run(tmp_path: Path) -> Path:
 
 def validation(run: Path) -> Validation:
     images = run.parent / "valid"
-    return Validation(images / "_annotations.coco.json", images, run / "predictions/coco_predictions_bbox.json", "bbox")
+    dumped = run / "predictions" / "coco_predictions_bbox.json"
+    return Validation(images / "_annotations.coco.json", images, dumped, "bbox")
 
 
 # ------------------------------------------------------------ pictures

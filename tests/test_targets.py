@@ -4,8 +4,8 @@ import time
 
 import pytest
 import torch
-from conftest import EVERYTHING
 from omegaconf import OmegaConf
+from small_models import EVERYTHING
 
 from sam3_lora_wrapper.adapters import Lora
 from sam3_lora_wrapper.base import official_image_model
@@ -66,7 +66,8 @@ def test_injecting_into_the_full_model_takes_seconds_at_most() -> None:
 
 
 def test_kinds_choose_rows_of_packed_weights(tiny) -> None:
-    found = layers(tiny, rank=2, components={"vision_encoder": ["v", "q"], "text_encoder": ["k", "out"]}, layers={"vision_encoder": [0, 0]})
+    components = {"vision_encoder": ["v", "q"], "text_encoder": ["k", "out"]}
+    found = layers(tiny, rank=2, components=components, layers={"vision_encoder": [0, 0]})
     assert found == {
         f"{VISION}.0.attn.qkv.q": (0, 96), f"{VISION}.0.attn.qkv.v": (192, 288),
         f"{TEXT}.0.attn.k": (32, 64), f"{TEXT}.0.attn.out_proj.out": (0, 32),
@@ -97,7 +98,8 @@ def test_patterns_set_rank_and_alpha_of_single_layers(tiny) -> None:
     assert by_name[f"{decoder}.0.self_attn"].rank == {"q": 2, "v": 4}
     assert by_name[f"{decoder}.1.self_attn"].rank == {"q": 3, "v": 3}
     assert by_name[f"{decoder}.2.linear1"].rank == {"fc1": 4}
-    assert by_name[f"{decoder}.2.linear1"].alpha == {"fc1": 1.5} and by_name[f"{decoder}.2.self_attn"].alpha == {"q": 8, "v": 8}
+    assert by_name[f"{decoder}.2.linear1"].alpha == {"fc1": 1.5}
+    assert by_name[f"{decoder}.2.self_attn"].alpha == {"q": 8, "v": 8}
 
 
 @pytest.mark.parametrize("config, said", [
@@ -113,6 +115,8 @@ def test_patterns_set_rank_and_alpha_of_single_layers(tiny) -> None:
     ({"rnak": 8}, "lora.rnak: no such key. Known: rank, alpha"),
     ({"use_dora": "yes"}, "lora.use_dora='yes'"),
     ({"components": ["vision_encoder"]}, "lora.components"),
+    ({"components": {"vision_encoder": [["q"]]}}, "no layer kind ['q']"),
+    ({"modules_to_save": [1]}, "lora.modules_to_save=[1]"),
     ({"rank_pattern": None}, "lora.rank_pattern=None"),
     ({"rank_pattern": {"*": 0}}, "rank_pattern[*]=0"),
     ({"alpha_pattern": {"*": "2"}}, "alpha_pattern[*]='2'"),
@@ -132,7 +136,7 @@ def test_patterns_set_rank_and_alpha_of_single_layers(tiny) -> None:
     ({"rank_pattern": {"*.qkv": 2}}, "lora.rank_pattern: '*.qkv' matches no adapted layer"),
     ({"rank_pattern": {"*.q": 2, "transformer.*": 3}}, "matches patterns that disagree"),
     ({"modules_to_save": ["dot_prod_scorign"]}, "no module 'dot_prod_scorign'"),
-    ({"modules_to_save": ["transformer.decoder"]}, "is trained in full and transformer.decoder.layers.0.linear1 in it adapted"),
+    ({"modules_to_save": ["transformer.decoder"]}, "in full and transformer.decoder.layers.0.linear1 in it adapted"),
 ])
 def test_mistakes_name_field_and_value_and_leave_the_model_alone(tiny, config: dict, said: str) -> None:
     before = {name: type(module) for name, module in tiny.named_modules()}
@@ -145,9 +149,9 @@ def test_mistakes_name_field_and_value_and_leave_the_model_alone(tiny, config: d
 
 def test_a_module_of_a_similar_name_may_be_trained_in_full(tiny) -> None:
     """`transformer.decoder.layers.1` is not inside `transformer.decoder.layers.10`, nor the reverse."""
-    config = LoraConfig(rank=2, components={"detr_encoder": ["q"]}, modules_to_save=["transformer.encoder.layers.0.norm1"])
-    Lora(tiny).add(config)
-    assert list(tiny.lora.named["default"].full) == [f"transformer.encoder.layers.0.norm1.{p}" for p in ("bias", "weight")]
+    norm = "transformer.encoder.layers.0.norm1"
+    Lora(tiny).add(LoraConfig(rank=2, components={"detr_encoder": ["q"]}, modules_to_save=[norm]))
+    assert list(tiny.lora.named["default"].full) == [f"{norm}.bias", f"{norm}.weight"]
 
 
 def test_component_that_a_model_lacks(tiny) -> None:
