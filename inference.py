@@ -25,7 +25,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    from sam3_lora_wrapper.image_files import open_image
+    from sam3_lora_wrapper.dataset.image_files import open_image
     from sam3_lora_wrapper.predictor import Predictor, draw
 
     images = {path: open_image(path) for path in args.image_path}

@@ -21,6 +21,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from machine import write_results  # noqa: E402
+
 from sam3.train.utils.train_utils import register_omegaconf_resolvers  # noqa: E402
 from sam3_lora_wrapper.launch import compose_config  # noqa: E402
 from sam3_lora_wrapper.synthetic import SHIFTED, write_dataset  # noqa: E402

@@ -11,6 +11,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from machine import write_results  # noqa: E402
+
 from sam3_lora_wrapper.demo import run  # noqa: E402
 from sam3_lora_wrapper.synthetic import SHIFTED, write_dataset  # noqa: E402
 

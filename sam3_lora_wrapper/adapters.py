@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .base import identity
-from .combine import combined_config
-from .config import LoraConfig
-from .errors import UserError
-from .layers import Adapted, Adapter, adapt, merge, restore, unmerge
-from .plan import table
-from .targets import Target, find_targets, full_parameters
-from .tensors import require_tensors
+from sam3_lora_wrapper.base import identity
+from sam3_lora_wrapper.combine import combined_config
+from sam3_lora_wrapper.config import LoraConfig
+from sam3_lora_wrapper.errors import UserError
+from sam3_lora_wrapper.layers import Adapted, Adapter, adapt, merge, restore, unmerge
+from sam3_lora_wrapper.plan import table
+from sam3_lora_wrapper.targets import Target, find_targets, full_parameters
+from sam3_lora_wrapper.tensors import require_tensors
 
 
 @dataclass
@@ -274,8 +274,8 @@ class Lora:
 
     def save_run(self, folder: str, names: list[str], epoch: int) -> None:
         """Write the adapter beside each checkpoint that the trainer has saved: a file and a folder."""
-        from .checkpoint import save_adapter
-        from .peft_format import run_record, save_pretrained
+        from sam3_lora_wrapper.checkpoint import save_adapter
+        from sam3_lora_wrapper.formats.peft_format import run_record, save_pretrained
 
         for name in names:
             file = {"checkpoint": "checkpoint_last", "checkpoint_best": name}.get(name, f"{name}_adapter")

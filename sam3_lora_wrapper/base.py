@@ -9,8 +9,8 @@ import torch
 from hydra.utils import get_object, instantiate
 from torch import nn
 
-from .errors import UserError
-from .tensors import require_tensors
+from sam3_lora_wrapper.errors import UserError
+from sam3_lora_wrapper.tensors import require_tensors
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 VOCABULARY = REPOSITORY / "sam3" / "assets" / "bpe_simple_vocab_16e6.txt.gz"
@@ -112,6 +112,7 @@ def find_weights(weights: str) -> Path:
 def _download() -> Path:
     """Fetch sam3.pt of the gated repository facebook/sam3 by the official function."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+
     from sam3.model_builder import download_ckpt_from_hf
 
     local = "or download sam3.pt elsewhere and run with model.weights=/path/to/sam3.pt"

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .adapters import Lora
-from .base import build_base, identity, read_checkpoint
-from .config import LoraConfig
-from .errors import UserError
+from sam3_lora_wrapper.adapters import Lora
+from sam3_lora_wrapper.base import build_base, identity, read_checkpoint
+from sam3_lora_wrapper.config import LoraConfig
+from sam3_lora_wrapper.errors import UserError
 
 FORMAT = "sam3-lora"
 VERSION = 1
@@ -121,7 +121,7 @@ def load_model(path: str | Path | None, weights: str | None = None) -> nn.Module
         UserError: the file or the base is not what it must be.
     """
     if path and Path(path).is_dir():
-        from .peft_format import load_folder
+        from sam3_lora_wrapper.formats.peft_format import load_folder
 
         return load_folder(Path(path), weights).eval()
     content = read_adapter(path)

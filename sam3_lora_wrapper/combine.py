@@ -1,7 +1,7 @@
 """The configuration of a weighted sum of adapters."""
 
-from .config import LoraConfig
-from .errors import UserError
+from sam3_lora_wrapper.config import LoraConfig
+from sam3_lora_wrapper.errors import UserError
 
 
 def combined_config(configs: list[LoraConfig], ranks: dict[str, int]) -> LoraConfig:

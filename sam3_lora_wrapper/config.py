@@ -3,7 +3,7 @@
 import math
 from dataclasses import asdict, dataclass, field, fields
 
-from .errors import UserError
+from sam3_lora_wrapper.errors import UserError
 
 TYPES = {
     "components": dict, "layers": dict, "rank_pattern": dict, "alpha_pattern": dict,

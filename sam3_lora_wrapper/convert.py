@@ -17,14 +17,14 @@ import json
 import shutil
 from pathlib import Path
 
-from .errors import UserError
-from .folders import new_folder
-from .image_files import read_header
-from .launch import readable_errors
-from .mask_folders import Masks
-from .progress import progress
-from .sources import Source, find_sources
-from .yolo import Yolo
+from sam3_lora_wrapper.dataset.folders import new_folder
+from sam3_lora_wrapper.dataset.image_files import read_header
+from sam3_lora_wrapper.dataset.mask_folders import Masks
+from sam3_lora_wrapper.dataset.progress import progress
+from sam3_lora_wrapper.dataset.sources import Source, find_sources
+from sam3_lora_wrapper.dataset.yolo import Yolo
+from sam3_lora_wrapper.errors import UserError
+from sam3_lora_wrapper.launch import readable_errors
 
 
 def convert(root: Path, out: Path, reader: Yolo | Masks) -> str:

@@ -12,15 +12,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .coco import read_json, require_folder, require_sound
-from .dataset_warnings import compare_splits, warn_of_corners, warn_of_use
-from .errors import UserError
-from .launch import readable_errors
-from .mend import Images, mend
-from .prompts import check_prompts
-from .repair import write_mended
-from .report import Report
-from .splits import Split, find_splits
+from sam3_lora_wrapper.dataset.coco import read_json, require_folder, require_sound
+from sam3_lora_wrapper.dataset.mend import Images, mend
+from sam3_lora_wrapper.dataset.prompts import check_prompts
+from sam3_lora_wrapper.dataset.repair import write_mended
+from sam3_lora_wrapper.dataset.report import Report
+from sam3_lora_wrapper.dataset.splits import Split, find_splits
+from sam3_lora_wrapper.dataset.warnings import compare_splits, warn_of_corners, warn_of_use
+from sam3_lora_wrapper.errors import UserError
+from sam3_lora_wrapper.launch import readable_errors
 
 
 @dataclass
@@ -103,7 +103,7 @@ def check_before_training(splits: list[Split], prompts: Mapping, max_objects: in
 
 def draw_all(checked: list[Checked], folder: Path) -> None:
     """Write a contact sheet per split and a plot of the class counts."""
-    from .contact_sheet import draw_counts, draw_sheet
+    from sam3_lora_wrapper.dataset.contact_sheet import draw_counts, draw_sheet
 
     folder.mkdir(parents=True, exist_ok=True)
     for c in checked:

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import read_adapter
-from .synthetic import SHIFTED, write_dataset
+from sam3_lora_wrapper.checkpoint import read_adapter
+from sam3_lora_wrapper.synthetic import SHIFTED, write_dataset
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROGRESS = re.compile(r"Train Epoch: \[(\d+)\]\[ *(\d+)/(\d+)\].*train_all_loss: \S+ \((\S+?)\)")

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from .checkpoint import read_adapter
-from .errors import UserError
-from .launch import check_run, compose_config, readable_errors
-from .peft_format import read_folder
-from .run_report import METERS, read_stats
+from sam3_lora_wrapper.checkpoint import read_adapter
+from sam3_lora_wrapper.errors import UserError
+from sam3_lora_wrapper.evaluation.run_report import METERS, read_stats
+from sam3_lora_wrapper.formats.peft_format import read_folder
+from sam3_lora_wrapper.launch import check_run, compose_config, readable_errors
 
 
 def read_record(path: Path) -> dict:

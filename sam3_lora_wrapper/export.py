@@ -13,14 +13,14 @@ from pathlib import Path
 
 import torch
 
-from .adapters import Lora
-from .checkpoint import FORMAT, describe, load_model, write_atomically
-from .errors import UserError
-from .launch import readable_errors
-from .model_card import transformers_card
-from .peft_format import base_name, peft_config, write_folder
-from .peft_layout import lay_out, pack, split_layers
-from .targets import COMPONENTS, Target
+from sam3_lora_wrapper.adapters import Lora
+from sam3_lora_wrapper.checkpoint import FORMAT, describe, load_model, write_atomically
+from sam3_lora_wrapper.errors import UserError
+from sam3_lora_wrapper.formats.model_card import transformers_card
+from sam3_lora_wrapper.formats.peft_format import base_name, peft_config, write_folder
+from sam3_lora_wrapper.formats.peft_layout import lay_out, pack, split_layers
+from sam3_lora_wrapper.launch import readable_errors
+from sam3_lora_wrapper.targets import COMPONENTS, Target
 
 # Where Sam3Model keeps the blocks of each component, and what it calls the attention modules.
 BLOCKS = {

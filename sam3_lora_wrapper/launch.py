@@ -16,9 +16,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch.multiprocessing import ProcessExitedException
 
-from .errors import UserError
-from .synthetic import demo_dataset
-from .splits import Split, split_folder
+from sam3_lora_wrapper.dataset.splits import Split, split_folder
+from sam3_lora_wrapper.errors import UserError
+from sam3_lora_wrapper.synthetic import demo_dataset
 
 # Said at every import of the official package, of no use to who runs it.
 for _noise in ("`torch.jit.script` is deprecated", "CUDA is not available or torch_xla is imported"):
@@ -82,8 +82,8 @@ def check_run(cfg) -> None:
     Raises:
         UserError: CUDA is asked for and not there, or a dataset cannot be trained on.
     """
-    from .dataset_check import check_before_training
-    from .evaluation import check_metric
+    from sam3_lora_wrapper.dataset_check import check_before_training
+    from sam3_lora_wrapper.evaluation.metrics import check_metric
 
     trainer = cfg.trainer
     if trainer.get("accelerator") == "cuda" and not cfg.submitit.use_cluster:

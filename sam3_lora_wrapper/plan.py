@@ -10,8 +10,8 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import nn
 
-from .config import KINDS, LoraConfig
-from .targets import COMPONENTS, Target, find_targets, full_parameters
+from sam3_lora_wrapper.config import KINDS, LoraConfig
+from sam3_lora_wrapper.targets import COMPONENTS, Target, find_targets, full_parameters
 
 
 def table(model: nn.Module, targets: list[Target], full: list[str]) -> str:
@@ -40,8 +40,8 @@ def table(model: nn.Module, targets: list[Target], full: list[str]) -> str:
 
 def plan(config: str, overrides: list[str]) -> str:
     """The layers that a configuration adapts, a line each, and the table of its components."""
-    from .base import require_generated
-    from .launch import compose_config
+    from sam3_lora_wrapper.base import require_generated
+    from sam3_lora_wrapper.launch import compose_config
 
     require_generated()
     cfg = compose_config(config, ["paths.dataset_root=unused", *overrides])
@@ -58,7 +58,7 @@ def plan(config: str, overrides: list[str]) -> str:
 
 
 def main() -> None:
-    from .launch import readable_errors
+    from sam3_lora_wrapper.launch import readable_errors
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("config", help="a file in sam3_lora_configs, or the path of a YAML file")

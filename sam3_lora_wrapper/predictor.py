@@ -8,9 +8,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as mask_util
 
-from .checkpoint import load_model
-from .errors import UserError
-from .prompts import texts_of
+from sam3_lora_wrapper.checkpoint import load_model
+from sam3_lora_wrapper.dataset.prompts import texts_of
+from sam3_lora_wrapper.errors import UserError
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))

@@ -5,8 +5,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from .config import LoraConfig, expand_kinds
-from .errors import UserError
+from sam3_lora_wrapper.config import LoraConfig, expand_kinds
+from sam3_lora_wrapper.errors import UserError
 
 COMPONENTS = {
     "vision_encoder": "backbone.vision_backbone.trunk.blocks",

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from .errors import UserError
+from sam3_lora_wrapper.errors import UserError
 
 
 def require_tensors(found: Mapping, shapes: Mapping[str, tuple], what: str) -> None:

@@ -4,9 +4,9 @@ import logging
 
 from torch import nn
 
-from .adapters import Lora
-from .base import build_base, identity
-from .config import LoraConfig
+from sam3_lora_wrapper.adapters import Lora
+from sam3_lora_wrapper.base import build_base, identity
+from sam3_lora_wrapper.config import LoraConfig
 
 
 def trainable_base(base: dict, weights: str, masks: bool, **_unused) -> nn.Module:

@@ -8,9 +8,8 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image as Picture
-from sam3.train.data.sam3_image_dataset import Datapoint, Image, Object
 
-from sam3_lora_wrapper.errors import UserError
+from sam3.train.data.sam3_image_dataset import Datapoint, Image, Object
 from sam3_lora_wrapper.launch import compose_config
 
 SIDE = 96
@@ -110,7 +109,7 @@ def test_each_is_switched_off_by_name_and_all_by_default() -> None:
 
 def test_they_are_applied_in_training_and_not_in_validation() -> None:
     cfg = compose_config("lora_tiny", ["paths.dataset_root=/data", "augment=official"])
-    target = "sam3_lora_wrapper.augment.Augment"
+    target = "sam3_lora_wrapper.dataset.augment.Augment"
     assert [t._target_ for t in cfg.data.train_transforms].count(target) == 1
     assert target not in OmegaConf.to_yaml(cfg.data.val_transforms)
 

@@ -13,7 +13,13 @@ from omegaconf import OmegaConf
 
 from sam3.model_builder import _load_checkpoint, build_sam3_video_model
 from sam3_lora_wrapper.base import (
-    SHIPPED, VOCABULARY, build_base, fingerprint, image_weights, load_weights, official_image_model,
+    SHIPPED,
+    VOCABULARY,
+    build_base,
+    fingerprint,
+    image_weights,
+    load_weights,
+    official_image_model,
 )
 from sam3_lora_wrapper.errors import UserError
 from sam3_lora_wrapper.launch import compose_config

@@ -11,11 +11,11 @@ from PIL import ExifTags, Image
 from pycocotools.coco import COCO
 
 from sam3_lora_wrapper.convert import convert
+from sam3_lora_wrapper.dataset.mask_folders import Masks
+from sam3_lora_wrapper.dataset.splits import find_splits
+from sam3_lora_wrapper.dataset.yolo import Yolo
 from sam3_lora_wrapper.dataset_check import check_dataset
 from sam3_lora_wrapper.errors import UserError
-from sam3_lora_wrapper.mask_folders import Masks
-from sam3_lora_wrapper.splits import find_splits
-from sam3_lora_wrapper.yolo import Yolo
 
 WIDTH, HEIGHT = 64, 48
 

@@ -15,17 +15,17 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 from pycocotools.coco import COCO
+from torch.utils.data import DataLoader
+
 from sam3.train.data.coco_json_loaders import COCO_FROM_JSON
 from sam3.train.transforms.filter_query_transforms import FilterEmptyTargets, FlexibleFilterFindGetQueries
 from sam3.train.transforms.segmentation import DecodeRle
-from torch.utils.data import DataLoader
-
-from sam3_lora_wrapper.data import CocoDataset, CocoPrompts
+from sam3_lora_wrapper.dataset.image_files import open_image
+from sam3_lora_wrapper.dataset.loader import CocoDataset, CocoPrompts
+from sam3_lora_wrapper.dataset.prompts import check_prompts, foreign_to, texts_of
+from sam3_lora_wrapper.dataset.splits import split_folder
 from sam3_lora_wrapper.errors import UserError
-from sam3_lora_wrapper.image_files import open_image
 from sam3_lora_wrapper.launch import compose_config, drop_missing_validation
-from sam3_lora_wrapper.prompts import check_prompts, foreign_to, texts_of
-from sam3_lora_wrapper.splits import split_folder
 
 
 def prompts_of(folder: Path, **options) -> CocoPrompts:

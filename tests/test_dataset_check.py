@@ -16,14 +16,14 @@ from PIL import ExifTags, Image
 from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 
-from sam3_lora_wrapper.coco import load_coco, read_json
+from sam3_lora_wrapper.dataset.coco import load_coco, read_json
+from sam3_lora_wrapper.dataset.mend import Images, mend
+from sam3_lora_wrapper.dataset.repair import write_mended
+from sam3_lora_wrapper.dataset.report import Report
+from sam3_lora_wrapper.dataset.segmentations import run_lengths
+from sam3_lora_wrapper.dataset.splits import Split, find_splits
 from sam3_lora_wrapper.dataset_check import check_before_training, check_dataset, main
 from sam3_lora_wrapper.errors import UserError
-from sam3_lora_wrapper.mend import Images, mend
-from sam3_lora_wrapper.repair import write_mended
-from sam3_lora_wrapper.report import Report
-from sam3_lora_wrapper.segmentations import run_lengths
-from sam3_lora_wrapper.splits import Split, find_splits
 
 OTHER = np.zeros((HEIGHT * 2, WIDTH * 2), np.uint8)
 OTHER[20:60, 40:100] = 1
@@ -445,7 +445,7 @@ def images(tmp_path_factory) -> Path:
 @settings(max_examples=2500, deadline=10_000, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(mutants())
 def test_mutated_file_ends_in_findings_and_no_object_is_lost(images: Path, coco: dict) -> None:
-    from sam3_lora_wrapper.data import CocoPrompts
+    from sam3_lora_wrapper.dataset.loader import CocoPrompts
 
     path = images / "mutant.json"
     path.write_text(json.dumps(coco))

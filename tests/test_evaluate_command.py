@@ -16,7 +16,7 @@ from pycocotools.cocoeval import COCOeval
 from sam3_lora_wrapper.checkpoint import read_adapter
 from sam3_lora_wrapper.errors import UserError
 from sam3_lora_wrapper.evaluate import evaluation_config
-from sam3_lora_wrapper.run_report import METERS, read_scalars, read_stats
+from sam3_lora_wrapper.evaluation.run_report import METERS, read_scalars, read_stats
 from sam3_lora_wrapper.synthetic import BASE, write_dataset
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -17,15 +17,15 @@ from pycocotools.cocoeval import COCOeval
 from sam3.model.sam3_image_processor import Sam3Processor
 from sam3_lora_wrapper.adapters import Lora
 from sam3_lora_wrapper.base import build_base
-from sam3_lora_wrapper.coco import load_coco
 from sam3_lora_wrapper.config import LoraConfig
-from sam3_lora_wrapper.data import CocoPrompts
+from sam3_lora_wrapper.dataset.coco import load_coco
+from sam3_lora_wrapper.dataset.image_files import open_image
+from sam3_lora_wrapper.dataset.loader import CocoPrompts
+from sam3_lora_wrapper.dataset.segmentations import to_rle
 from sam3_lora_wrapper.errors import UserError
-from sam3_lora_wrapper.evaluation import CocoEvaluator, average_precision, check_metric, concept_f1, match
-from sam3_lora_wrapper.image_files import open_image
+from sam3_lora_wrapper.evaluation.metrics import CocoEvaluator, average_precision, check_metric, concept_f1, match
+from sam3_lora_wrapper.evaluation.retention import AbsentPrompts
 from sam3_lora_wrapper.launch import compose_config
-from sam3_lora_wrapper.retention import AbsentPrompts
-from sam3_lora_wrapper.segmentations import to_rle
 from sam3_lora_wrapper.synthetic import BASE, write_dataset
 
 SIZE = 96

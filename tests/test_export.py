@@ -21,7 +21,7 @@ from sam3_lora_wrapper.base import build_base, official_tokenizer
 from sam3_lora_wrapper.checkpoint import save_adapter
 from sam3_lora_wrapper.errors import UserError
 from sam3_lora_wrapper.export import export_transformers
-from sam3_lora_wrapper.peft_format import from_pretrained
+from sam3_lora_wrapper.formats.peft_format import from_pretrained
 from sam3_lora_wrapper.wrapper import lora_model
 
 # ------------------------------------------------------------ merged

@@ -14,9 +14,9 @@ from pycocotools import mask as mask_util
 
 from sam3.model.sam3_image_processor import Sam3Processor
 from sam3_lora_wrapper.checkpoint import load_model, read_adapter, save_adapter
+from sam3_lora_wrapper.dataset.image_files import open_image
 from sam3_lora_wrapper.errors import UserError
 from sam3_lora_wrapper.launch import compose_config
-from sam3_lora_wrapper.image_files import open_image
 from sam3_lora_wrapper.predictor import Predictor
 from sam3_lora_wrapper.synthetic import BASE, write_dataset
 from sam3_lora_wrapper.wrapper import lora_model

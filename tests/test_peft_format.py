@@ -21,7 +21,7 @@ from sam3_lora_wrapper.adapters import Lora
 from sam3_lora_wrapper.base import identity
 from sam3_lora_wrapper.checkpoint import load_model
 from sam3_lora_wrapper.errors import UserError
-from sam3_lora_wrapper.peft_format import from_pretrained, save_pretrained
+from sam3_lora_wrapper.formats.peft_format import from_pretrained, save_pretrained
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

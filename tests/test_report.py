@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sam3.train.utils.train_utils import AverageMeter, MemMeter, ProgressMeter
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
-from sam3_lora_wrapper.contact_sheet import TILE
+from sam3.train.utils.train_utils import AverageMeter, MemMeter, ProgressMeter
+from sam3_lora_wrapper.dataset.contact_sheet import TILE
 from sam3_lora_wrapper.errors import UserError
-from sam3_lora_wrapper.run_report import METERS, after_validation, read_scalars, read_stats, write_summary
-from sam3_lora_wrapper.step_bar import under_bar
-from sam3_lora_wrapper.tracker import start_wandb
-from sam3_lora_wrapper.visuals import Validation
+from sam3_lora_wrapper.evaluation.run_report import METERS, after_validation, read_scalars, read_stats, write_summary
+from sam3_lora_wrapper.evaluation.step_bar import under_bar
+from sam3_lora_wrapper.evaluation.tracker import start_wandb
+from sam3_lora_wrapper.evaluation.visuals import Validation
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SIZE, SIDE = 64, 20
@@ -187,7 +187,7 @@ OFFLINE = """
 from sam3.train.utils.logger import Logger
 from types import SimpleNamespace
 Logger(SimpleNamespace(
-    wandb_writer={"_target_": "sam3_lora_wrapper.tracker.start_wandb", "project": "p", "dir": "."},
+    wandb_writer={"_target_": "sam3_lora_wrapper.evaluation.tracker.start_wandb", "project": "p", "dir": "."},
     tensorboard_writer={"_target_": "sam3.train.utils.logger.make_tensorboard_logger", "log_dir": "events"},
 )).log("Losses/probe", 1.5, 0)
 """

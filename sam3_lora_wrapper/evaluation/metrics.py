@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from sam3.eval.cgf1_eval import CGF1Evaluator
 
-from .coco import load_coco
-from .errors import UserError
+from sam3.eval.cgf1_eval import CGF1Evaluator
+from sam3_lora_wrapper.dataset.coco import load_coco
+from sam3_lora_wrapper.errors import UserError
 
 STATS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 CONCEPT = ("cgF1", "positive_micro_F1", "IL_MCC")

@@ -2,8 +2,8 @@
 
 import math
 
-from .report import Report
-from .segmentations import bounding_box, check_segmentation, mask_area
+from sam3_lora_wrapper.dataset.report import Report
+from sam3_lora_wrapper.dataset.segmentations import bounding_box, check_segmentation, mask_area
 
 EDGE = 2.0      # pixels by which a box may leave its image: the rounding of labelling tools
 SLIPPED = f"box leaves the image by at most {EDGE:g} px"

@@ -12,9 +12,9 @@ from pycocotools import mask as mask_util
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
-from .image_files import open_image
-from .predictor import COLOURS
-from .segmentations import to_rle
+from sam3_lora_wrapper.dataset.image_files import open_image
+from sam3_lora_wrapper.dataset.segmentations import to_rle
+from sam3_lora_wrapper.predictor import COLOURS
 
 TILE = 320  # pixels
 SHOWN = 40  # categories in the plot

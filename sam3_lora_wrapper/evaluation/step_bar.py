@@ -5,12 +5,12 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 
 import psutil
-from sam3.train.utils.distributed import get_rank
 from torch.optim import Optimizer
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from . import progress  # noqa: F401  its lock, before the first bar
+from sam3.train.utils.distributed import get_rank
+from sam3_lora_wrapper.dataset import progress  # noqa: F401  its lock, before the first bar
 
 
 def under_bar(loader, meters, optimizer: Optimizer | None = None) -> Iterable:

@@ -14,16 +14,16 @@ import safetensors.torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from .adapters import Lora
-from .base import build_base, identity
-from .checkpoint import FORMAT, check_base, check_description, describe, write_atomically
-from .config import LoraConfig
-from .errors import UserError
-from .hub import find_folder, upload
-from .model_card import model_card
-from .peft_layout import Layout, lay_out, official_layers, pack, row_norms, unpack
-from .targets import Target, find_targets, full_parameters
-from .tensors import require_tensors
+from sam3_lora_wrapper.adapters import Lora
+from sam3_lora_wrapper.base import build_base, identity
+from sam3_lora_wrapper.checkpoint import FORMAT, check_base, check_description, describe, write_atomically
+from sam3_lora_wrapper.config import LoraConfig
+from sam3_lora_wrapper.errors import UserError
+from sam3_lora_wrapper.formats.hub import find_folder, upload
+from sam3_lora_wrapper.formats.model_card import model_card
+from sam3_lora_wrapper.formats.peft_layout import Layout, lay_out, official_layers, pack, row_norms, unpack
+from sam3_lora_wrapper.targets import Target, find_targets, full_parameters
+from sam3_lora_wrapper.tensors import require_tensors
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 

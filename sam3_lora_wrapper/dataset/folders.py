@@ -4,7 +4,7 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import UserError
+from sam3_lora_wrapper.errors import UserError
 
 
 @contextmanager

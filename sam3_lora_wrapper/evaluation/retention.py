@@ -1,10 +1,10 @@
 """How often a model fires on prompts that are absent: the adapted one against its bare base."""
 
 import torch
-from sam3.train.utils.distributed import all_gather
 from torch import Tensor
 
-from .evaluation import FIRES
+from sam3.train.utils.distributed import all_gather
+from sam3_lora_wrapper.evaluation.metrics import FIRES
 
 
 def fires(find_stages) -> Tensor:

@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from .errors import UserError
-from .image_files import TRANSPOSED, Header, open_image, read_header
-from .mend_annotations import Annotations, free_id, is_id, is_key
-from .progress import progress
-from .report import Report
-from .segmentations import same_shape
+from sam3_lora_wrapper.dataset.image_files import TRANSPOSED, Header, open_image, read_header
+from sam3_lora_wrapper.dataset.mend_annotations import Annotations, free_id, is_id, is_key
+from sam3_lora_wrapper.dataset.progress import progress
+from sam3_lora_wrapper.dataset.report import Report
+from sam3_lora_wrapper.dataset.segmentations import same_shape
+from sam3_lora_wrapper.errors import UserError
 
 MAX_SIDE = 65535  # pixels; no image format that Pillow writes goes beyond
 

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+
 from sam3.train.data.collator import collate_fn_api, collate_fn_api_with_chunking
 from sam3.train.data.sam3_image_dataset import Sam3ImageDataset
-
-from .coco import load_coco
-from .errors import UserError
-from .image_files import open_image
-from .prompts import draw, foreign_to, texts_of
-from .segmentations import to_rle
+from sam3_lora_wrapper.dataset.coco import load_coco
+from sam3_lora_wrapper.dataset.image_files import open_image
+from sam3_lora_wrapper.dataset.prompts import draw, foreign_to, texts_of
+from sam3_lora_wrapper.dataset.segmentations import to_rle
+from sam3_lora_wrapper.errors import UserError
 
 
 def collate_fn(batch, num_chunks: int, **kwargs):

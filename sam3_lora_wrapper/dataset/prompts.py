@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterable, Mapping
 
-from .errors import UserError
+from sam3_lora_wrapper.errors import UserError
 
 
 def texts_of(name: str, prompts: Mapping) -> list[str]:

@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-from .errors import UserError
-from .mend import Images, mend, no_collection
-from .report import Report
+from sam3_lora_wrapper.dataset.mend import Images, mend, no_collection
+from sam3_lora_wrapper.dataset.report import Report
+from sam3_lora_wrapper.errors import UserError
 
 SECTIONS = ("categories", "images", "annotations")
 

@@ -1,6 +1,6 @@
 """Augmentations of the official package, each under a name of the configuration."""
 
-from .errors import UserError
+from sam3_lora_wrapper.errors import UserError
 
 FROM_MASKS = ("affine", "crop")
 

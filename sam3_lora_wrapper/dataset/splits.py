@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import UserError
+from sam3_lora_wrapper.errors import UserError
 
 NAMES = ("train", "valid", "val", "test")
 

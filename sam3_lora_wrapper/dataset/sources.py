@@ -5,8 +5,8 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from .errors import UserError
-from .splits import NAMES
+from sam3_lora_wrapper.dataset.splits import NAMES
+from sam3_lora_wrapper.errors import UserError
 
 PICTURES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 

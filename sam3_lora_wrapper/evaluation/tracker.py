@@ -1,8 +1,7 @@
 """Weights & Biases beside TensorBoard."""
 
 from sam3.train.utils.distributed import is_main_process
-
-from .errors import UserError
+from sam3_lora_wrapper.errors import UserError
 
 
 def start_wandb(**settings) -> None:

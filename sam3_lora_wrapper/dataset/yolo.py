@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import UserError
-from .segmentations import mask_area
-from .sources import Source, class_names, read_lines, require_images
+from sam3_lora_wrapper.dataset.segmentations import mask_area
+from sam3_lora_wrapper.dataset.sources import Source, class_names, read_lines, require_images
+from sam3_lora_wrapper.errors import UserError
 
 SLACK = 0.01  # share of the image by which coordinates may leave it: the rounding of tools
 

@@ -10,10 +10,10 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from .coco import load_coco
-from .contact_sheet import draw_tile
-from .evaluation import FIRES, match
-from .image_files import open_image
+from sam3_lora_wrapper.dataset.coco import load_coco
+from sam3_lora_wrapper.dataset.contact_sheet import draw_tile
+from sam3_lora_wrapper.dataset.image_files import open_image
+from sam3_lora_wrapper.evaluation.metrics import FIRES, match
 
 
 class Validation:

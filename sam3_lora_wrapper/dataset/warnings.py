@@ -5,8 +5,8 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
-from .mend_annotations import is_key, is_number
-from .report import Report
+from sam3_lora_wrapper.dataset.mend_annotations import is_key, is_number
+from sam3_lora_wrapper.dataset.report import Report
 
 
 def warn_of_corners(annotations: list, images: dict, report: Report) -> None:

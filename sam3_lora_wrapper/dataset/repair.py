@@ -4,10 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
-from .errors import UserError
-from .folders import new_folder
-from .image_files import write_upright
-from .progress import progress
+from sam3_lora_wrapper.dataset.folders import new_folder
+from sam3_lora_wrapper.dataset.image_files import write_upright
+from sam3_lora_wrapper.dataset.progress import progress
+from sam3_lora_wrapper.errors import UserError
 
 
 def write_mended(checked: list, folder: Path) -> None:

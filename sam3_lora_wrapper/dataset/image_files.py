@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from .errors import UserError
+from sam3_lora_wrapper.errors import UserError
 
 TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from .config import LoraConfig
-from .errors import UserError
-from .layers import scaling
-from .targets import Target
+from sam3_lora_wrapper.config import LoraConfig
+from sam3_lora_wrapper.errors import UserError
+from sam3_lora_wrapper.layers import scaling
+from sam3_lora_wrapper.targets import Target
 
 PREFIX = "base_model.model."
 OUT_PROJ = ".base_layer.out_proj"

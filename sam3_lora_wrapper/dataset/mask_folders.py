@@ -7,10 +7,10 @@ import cv2
 import numpy as np
 from pycocotools import mask as mask_util
 
-from .errors import UserError
-from .image_files import read_pixels
-from .segmentations import as_json, bounding_box, mask_area
-from .sources import Source, class_names, find_sources, require_images
+from sam3_lora_wrapper.dataset.image_files import read_pixels
+from sam3_lora_wrapper.dataset.segmentations import as_json, bounding_box, mask_area
+from sam3_lora_wrapper.dataset.sources import Source, class_names, find_sources, require_images
+from sam3_lora_wrapper.errors import UserError
 
 
 class Masks:

@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-from .errors import UserError
+from sam3_lora_wrapper.errors import UserError
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 

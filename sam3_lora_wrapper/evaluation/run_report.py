@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util.tensor_util import make_ndarray
 from torchvision.transforms.functional import to_pil_image
 
-from .visuals import Validation
+from sam3_lora_wrapper.evaluation.visuals import Validation
 
 PICTURES = 4  # images in each picture
 POINTS = 1000  # of each curve at most

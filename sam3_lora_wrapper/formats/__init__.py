@@ -1,0 +1,1 @@
+"""Adapter folders for other programs: PEFT, transformers, the hub."""
