@@ -4,7 +4,13 @@ The public names are imported when they are asked for: the patched official pack
 parts of this one, and must not import all of it.
 """
 
+import re
+import warnings
 from importlib import import_module
+
+# Said at every import of the official package, of no use to who runs it.
+for _noise in ("`torch.jit.script` is deprecated", "CUDA is not available or torch_xla is imported"):
+    warnings.filterwarnings("ignore", message=re.escape(_noise))
 
 _PUBLIC = {
     "Lora": "adapters",

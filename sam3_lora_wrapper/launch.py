@@ -2,10 +2,8 @@
 
 import logging
 import os
-import re
 import shlex
 import sys
-import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,10 +17,6 @@ from torch.multiprocessing import ProcessExitedException
 from sam3_lora_wrapper.dataset.splits import Split, split_folder
 from sam3_lora_wrapper.errors import UserError
 from sam3_lora_wrapper.synthetic import demo_dataset
-
-# Said at every import of the official package, of no use to who runs it.
-for _noise in ("`torch.jit.script` is deprecated", "CUDA is not available or torch_xla is imported"):
-    warnings.filterwarnings("ignore", message=re.escape(_noise))
 
 CONFIGS = Path(__file__).resolve().parent.parent / "sam3_lora_configs"
 
