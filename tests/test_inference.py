@@ -91,6 +91,16 @@ def test_adapter_changes_what_the_base_says(adapter: Path, image: Path) -> None:
     assert (with_adapter - without).abs().max() > 1e-4
 
 
+def test_a_category_is_asked_for_by_the_text_it_was_trained_with(adapter: Path, image: Path, tmp_path: Path) -> None:
+    content = torch.load(adapter, weights_only=True)
+    content["base"]["prompts"] = {"thing with a hole": ["ring", "hoop"]}
+    torch.save(content, tmp_path / "prompts.pt")
+    predictor, picture = Predictor(tmp_path / "prompts.pt", device="cpu"), open_image(image)
+    named, asked = predictor.predict(picture, ["thing with a hole"]), predictor.predict(picture, ["ring"])
+    assert len(named) == 2 and {d.prompt for d in named} == {"thing with a hole"}
+    assert [d.score for d in named] == [d.score for d in asked]
+
+
 def test_exif_orientation_is_applied(image: Path, tmp_path: Path) -> None:
     picture = Image.open(image).crop((0, 0, 96, 48))
     exif = picture.getexif()
