@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch.multiprocessing import ProcessExitedException
@@ -49,7 +49,13 @@ def compose_config(config: str, overrides: list[str] = ()):
         folder, name = path.resolve().parent, path.stem
     search = f"hydra.searchpath=[file://{CONFIGS},pkg://sam3.train]"
     with initialize_config_dir(str(folder), version_base="1.2"):
-        cfg = compose(name, overrides=[search, *overrides])
+        try:
+            cfg = compose(name, overrides=[search, *overrides])
+        except MissingConfigException as error:
+            if "primary config" not in str(error):
+                raise  # a group's option: Hydra lists those that there are
+            own = ", ".join(sorted(p.name for p in CONFIGS.glob("*.yaml")))
+            raise UserError(f"{config}: {str(error).splitlines()[0]} There are: {own}") from error
     if "config_name" in cfg.keys():
         cfg.config_name = path.stem
     missing = list(_missing(OmegaConf.to_container(cfg, resolve=False)))

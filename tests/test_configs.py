@@ -77,6 +77,11 @@ def test_misspelt_override_is_refused() -> None:
         compose_config("lora_base", [DATA, "lora.rnak=4"])
 
 
+def test_unknown_configuration_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(UserError, match="lora_bse.yaml: .*There are: .*lora_base.yaml"):
+        compose_config("lora_bse.yaml")
+
+
 def test_missing_dataset_root_is_named() -> None:
     with pytest.raises(UserError, match="paths.dataset_root"):
         compose_config("lora_base", [])
