@@ -8,6 +8,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as mask_util
 
+from sam3.train.utils.train_utils import get_amp_type
 from sam3_lora_wrapper.checkpoint import load_model
 from sam3_lora_wrapper.dataset.prompts import texts_of
 from sam3_lora_wrapper.errors import UserError
@@ -64,8 +65,12 @@ class Predictor:
         from sam3.model.sam3_image_processor import Sam3Processor
 
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise UserError("--device cuda: PyTorch sees no CUDA device. Leave it out or give cpu")
+        try:
+            self.device_type = torch.device(self.device).type
+        except RuntimeError:
+            raise UserError(f"--device {device}: no such device. Leave it out or give cpu, cuda or cuda:1") from None
+        if self.device_type == "cuda" and not torch.cuda.is_available():
+            raise UserError(f"--device {device}: PyTorch sees no CUDA device. Leave it out or give cpu")
         model = load_model(model_path, base)
         record = model.lora.record
         self.prompts = record.get("prompts", {})
@@ -78,7 +83,7 @@ class Predictor:
         The name of a category that was trained under another text (`data.prompts`) stands for it.
         """
         found = []
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.device != "cpu"):
+        with torch.autocast(self.device_type, get_amp_type("auto"), enabled=self.device_type == "cuda"):
             state = self.processor.set_image(image)
             for prompt in prompts:
                 state = self.processor.set_text_prompt(texts_of(prompt, self.prompts)[0], state)

@@ -140,6 +140,7 @@ def test_altered_file_is_refused(adapter: Path, tmp_path: Path, change, said: st
     (["--model_path", "{folder}/text.jpg", "--image_path", "{image}"], "cut short, or not a PyTorch checkpoint"),
     (["--model_path", "{folder}/none.pt", "--image_path", "{image}"], "none.pt: no such file"),
     (["--model_path", "{adapter}", "--image_path", "{image}", "--base", "{folder}/none.pt"], "none.pt"),
+    (["--model_path", "{adapter}", "--image_path", "{image}", "--device", "gpu"], "no such device"),
 ])
 def test_mistakes_end_in_one_message_and_write_nothing(
     adapter: Path, image: Path, tmp_path: Path, arguments: list, said: str
