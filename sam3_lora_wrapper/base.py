@@ -88,6 +88,27 @@ def build_base(base: dict, weights: str) -> nn.Module:
     return model.train()
 
 
+def set_resolution(model: nn.Module, side: int) -> None:
+    """Let a model take square images of another side: its rotary embeddings are interpolated to their grid.
+
+    Args:
+        model: an official image model, its weights loaded (upstream stores the embeddings of its own side with them).
+        side: of the images, in pixels.
+
+    Raises:
+        UserError: the side is not whole patches.
+    """
+    trunk = model.backbone.vision_backbone.trunk
+    patch = trunk.patch_embed.proj.kernel_size[0]
+    if side % patch or side <= 0:
+        raise UserError(f"model.resolution={side}: must be a multiple of {patch}")
+    grid = (side // patch, side // patch)
+    for block in trunk.blocks:
+        if block.window_size == 0 and block.attn.input_size != grid:
+            block.attn.input_size = grid
+            block.attn._setup_rope_freqs()
+
+
 def initialise_text_tensors(model: nn.Module) -> None:
     """Fill the two text tensors that upstream leaves uninitialised (text_encoder_ve.py)."""
     encoder = model.backbone.language_backbone.encoder

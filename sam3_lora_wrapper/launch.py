@@ -6,6 +6,7 @@ import shlex
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -20,9 +21,12 @@ from sam3_lora_wrapper.synthetic import demo_dataset
 
 CONFIGS = Path(__file__).resolve().parent.parent / "sam3_lora_configs"
 
+SIDES = (480, 576, 672, 768, 864, 960, 1008)  # of images in upstream's fine-tuning, for a model of 1008 px
+
 OmegaConf.register_new_resolver("is_cuda", lambda device: device == "cuda", replace=True)
 OmegaConf.register_new_resolver("split_folder", split_folder, replace=True)
 OmegaConf.register_new_resolver("demo_dataset", demo_dataset, replace=True)
+OmegaConf.register_new_resolver("image_sides", lambda side: [round(side * s / 1008) for s in SIDES], replace=True)
 OmegaConf.register_new_resolver("iou_type", lambda m: "segm" if m else "bbox", replace=True)
 
 
@@ -38,7 +42,7 @@ def compose_config(config: str, overrides: list[str] = ()):
         The composed DictConfig; `config_name` in it is the name of the file.
 
     Raises:
-        UserError: the configuration is not there, or a value in it is missing.
+        UserError: the configuration is not there, a value in it is missing, or there is no such memory preset.
     """
     path = Path(config)
     own = CONFIGS / path.with_suffix(".yaml").name
@@ -64,6 +68,9 @@ def compose_config(config: str, overrides: list[str] = ()):
             f"{', '.join(missing)}: no value in {config}. "
             f"Give one on the command line: {missing[0]}=..."
         )
+    presets = cfg.get("memory_presets")
+    if presets and cfg.training.memory not in presets:
+        raise UserError(f"training.memory={cfg.training.memory}: must be one of {', '.join(presets)}")
     return cfg
 
 
@@ -142,6 +149,44 @@ def require_batches(loader) -> None:
     )
 
 
+@contextmanager
+def dry_run(args):
+    """With --dry-run, a run of train.py that measures itself, in a folder that is removed.
+
+    Args:
+        args: parsed arguments of train.py. Their overrides are added to, and one GPU of this machine is measured.
+    """
+    if not args.dry_run:
+        yield
+        return
+    args.num_gpus, args.use_cluster = 1, False
+    with TemporaryDirectory(prefix="sam3-dry-run-") as folder:
+        values = {
+            "paths.experiment_log_dir": folder,
+            "launcher.experiment_log_dir": folder,
+            "trainer._target_": "sam3_lora_wrapper.estimate.DryRun",
+            "trainer.mode": "train_only",
+            "trainer.checkpoint.save_dir": f"{folder}/checkpoints",
+            "trainer.checkpoint.resume_from": "null",
+            "trainer.logging.log_dir": f"{folder}/logs",
+            "trainer.logging.log_level_primary": "WARNING",
+            "trainer.logging.tensorboard_writer": "null",
+            "trainer.logging.wandb_writer": "null",
+        }
+        args.overrides += [f"++{key}={value}" for key, value in values.items()]
+        yield
+
+
+def _out_of_memory(error: torch.OutOfMemoryError) -> UserError:
+    """What was needed when the GPU's memory ran out, and what takes less."""
+    asked = str(error).split(" GPU ")[0].rstrip(". ")
+    return UserError(
+        f"{asked}, with up to {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB in use in this step. "
+        "What takes less in training: training.memory=low, training.batch_size=1, loss=boxes, "
+        "a smaller data.max_negatives, lora_minimal.yaml"
+    )
+
+
 def _user_error(error: BaseException) -> BaseException | None:
     """The mistake of the user among an exception and its causes, if there is one."""
     chain = []
@@ -152,6 +197,9 @@ def _user_error(error: BaseException) -> BaseException | None:
         for e in chain:
             if isinstance(e, kinds) and not isinstance(e, InstantiationException):
                 return e
+    for e in chain:
+        if isinstance(e, torch.OutOfMemoryError):
+            return _out_of_memory(e)
     if any(isinstance(e, FloatingPointError) or "invalid numeric entries" in str(e) for e in chain):
         return UserError(
             "training diverged: the loss or the predictions are not finite. The last checkpoint is "

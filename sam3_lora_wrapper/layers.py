@@ -4,8 +4,7 @@
 its class a subclass that knows them:
 
 - `AdaptedLinear` computes y = x Wᵀ + b + (x Aᵀ) Bᵀ and keeps nothing for backward but x;
-- `AdaptedAttention` is any nn.MultiheadAttention: the official forward, fused attention
-  included, reads `in_proj_weight` (and `out_proj.weight`) and gets W + B A.
+- `AdaptedAttention` is any nn.MultiheadAttention: its packed projection of q, k and v does the same.
 
 Both also answer `module.weight` or `module.in_proj_weight` with W + B A, so code that reads a
 weight instead of calling its module sees the adapters too. The base weight stays where it was,
@@ -145,10 +144,8 @@ class Adapter(nn.Module):
             A = A * F.dropout(torch.ones_like(A[:1]), self.dropout)
         return A, B
 
-    def row_scale(self, weight: Tensor) -> Tensor:
-        """DoRA's factor of every row, (out,): magnitude over the norm of W + B A, which is constant."""
-        with torch.no_grad():
-            norm = weight.norm(dim=1)
+    def row_scale(self, norm: Tensor) -> Tensor:
+        """DoRA's factor of every row, (out,): magnitude over `norm`, that of the rows of W + B A, a constant."""
         parts, row = [], 0
         for name, (start, stop) in self.slices.items():
             parts += [norm.new_ones(start - row), self.lora_magnitude[name] / norm[start:stop]]
@@ -159,7 +156,7 @@ class Adapter(nn.Module):
 class Adapted:
     """Mixin of a module that carries adapters for one of its weights."""
 
-    weight_name = "weight"
+    weight_name, bias_name = "weight", "bias"
 
     @property
     def base_weight(self) -> nn.Parameter:
@@ -177,6 +174,18 @@ class Adapted:
             return None
         return torch.cat([A for A, _ in factors]), torch.cat([B for _, B in factors], 1)
 
+    def row_scale(self, A: Tensor, B: Tensor) -> Tensor | None:
+        """DoRA's factor of every row of W + B A, (out,), or None where no active adapter is one of DoRA."""
+        scale = None
+        for adapter in (a for a in self.active_adapters() if a.use_dora):
+            if scale is None:
+                with torch.no_grad(), torch.autocast(A.device.type, enabled=False):
+                    norm = (self.base_weight + B @ A).norm(dim=1)
+                scale = torch.ones_like(norm)
+            factor = adapter.row_scale(norm)
+            scale, norm = scale * factor, norm * factor.detach()
+        return scale
+
     def adapted_weight(self) -> Tensor:
         """W + B A (with DoRA: its rows scaled) in W's dtype, computed in that of A and B or better."""
         factors, weight = self.active_factors(), self.base_weight
@@ -184,11 +193,22 @@ class Adapted:
             return weight
         A, B = factors
         with torch.autocast(weight.device.type, enabled=False):
-            adapted = weight + B @ A
-            for adapter in self.active_adapters():
-                if adapter.use_dora:
-                    adapted = adapter.row_scale(adapted)[:, None] * adapted
+            adapted, scale = weight + B @ A, self.row_scale(A, B)
+            if scale is not None:
+                adapted = scale[:, None] * adapted
         return adapted.to(weight.dtype)
+
+    def project(self, x: Tensor, factors: tuple[Tensor, Tensor], start: int = 0, stop: int | None = None) -> Tensor:
+        """x times the rows of W + B A from start to stop, (..., stop - start), plus the bias."""
+        A, B = factors
+        rows, bias = slice(start, stop), self._parameters[self.bias_name]
+        weight, bias = self.base_weight[rows], None if bias is None else bias[rows]
+        scale = self.row_scale(A, B)
+        y = low_rank_linear(x, weight, bias if scale is None else None, A, B[rows])
+        if scale is not None:
+            y = y * scale[rows].to(y.dtype)
+            y = y if bias is None else y + bias.to(y.dtype)
+        return y
 
 
 class AdaptedLinear(Adapted):
@@ -197,37 +217,72 @@ class AdaptedLinear(Adapted):
     weight = property(Adapted.adapted_weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        adapters = self.active_adapters()
-        if not adapters:
-            return F.linear(x, self.base_weight, self.bias)
-        if any(adapter.use_dora for adapter in adapters):
-            return F.linear(x, self.adapted_weight(), self.bias)
-        A, B = self.active_factors()
-        if torch.compiler.is_compiling():  # the compiler decides itself what to keep
-            return F.linear(x, self.base_weight, self.bias) + F.linear(F.linear(x, A), B)
-        return LowRankLinear.apply(x, self.base_weight, self.bias, A, B)
+        factors = self.active_factors()
+        return F.linear(x, self.base_weight, self.bias) if factors is None else self.project(x, factors)
 
 
 class AdaptedAttention(Adapted):
-    """nn.MultiheadAttention with adapters for its packed projection."""
+    """nn.MultiheadAttention with adapters for its packed projection; does not return attention weights."""
 
-    weight_name = "in_proj_weight"
-    in_use = None
+    weight_name, bias_name = "in_proj_weight", "in_proj_bias"
 
-    @property
-    def in_proj_weight(self) -> Tensor:
-        """W + B A; within a forward, always the same."""
-        return self.adapted_weight() if self.in_use is None else self.in_use
+    in_proj_weight = property(Adapted.adapted_weight)
 
-    def forward(self, *args, **kwargs):
-        if not self.active_adapters():
-            return super().forward(*args, **kwargs)
-        # The official forward reads the weight several times: it is computed once, with one dropout mask.
-        self.in_use = self.adapted_weight()
-        try:
-            return super().forward(*args, **kwargs)
-        finally:
-            self.in_use = None
+    def forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, **options):
+        """The arguments and first result are those of nn.MultiheadAttention; inputs have a batch dimension."""
+        factors = self.active_factors()
+        if factors is None:
+            options |= {"key_padding_mask": key_padding_mask, "need_weights": need_weights, "attn_mask": attn_mask}
+            return super().forward(query, key, value, **options)
+        q, k, v = (self.split_heads(x) for x in self.project_inputs(query, key, value, factors))
+        mask = additive_mask(attn_mask, key_padding_mask, q)
+        out = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
+        out = out.transpose(1, 2) if self.batch_first else out.permute(2, 0, 1, 3)
+        return self.out_proj(out.flatten(2)), None
+
+    def project_inputs(self, query, key, value, factors) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v in the layout of the inputs; those of one input in one product."""
+        E = self.embed_dim
+        if query is key and key is value:
+            return self.project(query, factors).chunk(3, -1)
+        if key is value:
+            return self.project(query, factors, 0, E), *self.project(key, factors, E).chunk(2, -1)
+        v = self.project(value, factors, 2 * E)
+        if query is key:
+            return *self.project(query, factors, 0, 2 * E).chunk(2, -1), v
+        return self.project(query, factors, 0, E), self.project(key, factors, E, 2 * E), v
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(batch, heads, tokens, width of a head)"""
+        x = x.unflatten(-1, (self.num_heads, self.head_dim))
+        return x.transpose(1, 2) if self.batch_first else x.permute(1, 2, 0, 3)
+
+
+def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
+    """x Wᵀ + b + (x Aᵀ) Bᵀ; the arguments are those of LowRankLinear."""
+    if torch.compiler.is_compiling():  # the compiler decides itself what to keep
+        return F.linear(x, weight, bias) + F.linear(F.linear(x, A), B)
+    return LowRankLinear.apply(x, weight, bias, A, B)
+
+
+def additive_mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor) -> Tensor | None:
+    """The sum of nn.MultiheadAttention's two masks, as scaled_dot_product_attention takes it.
+
+    Args:
+        attn_mask: (tokens, keys) or (batch x heads, tokens, keys); True is masked out, floats are added.
+        key_padding_mask: (batch, keys), the same.
+        q: queries (batch, heads, tokens, width of a head), whose dtype the result has.
+    """
+    masks = []
+    if attn_mask is not None:
+        masks.append(attn_mask.view(*q.shape[:2], *attn_mask.shape[1:]) if attn_mask.dim() == 3 else attn_mask)
+    if key_padding_mask is not None:
+        masks.append(key_padding_mask[:, None, None])
+    masks = [
+        torch.zeros_like(m, dtype=q.dtype).masked_fill(m, -torch.inf) if m.dtype == torch.bool else m.to(q.dtype)
+        for m in masks
+    ]
+    return sum(masks) if masks else None
 
 
 @lru_cache(maxsize=None)
@@ -238,7 +293,7 @@ def _adapted_class(mixin: type, cls: type) -> type:
 def adapt(module: nn.Module) -> nn.Module:
     """Make a linear or attention module able to carry adapters; does nothing where it is."""
     if not isinstance(module, Adapted):
-        mixin = AdaptedAttention if hasattr(module, "in_proj_weight") else AdaptedLinear
+        mixin = AdaptedAttention if isinstance(module, nn.MultiheadAttention) else AdaptedLinear
         module.__class__ = _adapted_class(mixin, type(module))
         module.adapters, module.active, module.merged_from = nn.ModuleDict(), (), None
     return module
@@ -248,7 +303,6 @@ def restore(module: nn.Module) -> nn.Module:
     """Undo `adapt`: the module is what it was, with the weight it has now."""
     module.__class__ = module.base_class
     del module.adapters, module.active, module.merged_from
-    module.__dict__.pop("in_use", None)
     return module
 
 

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as mask_util
 
 from sam3.train.utils.train_utils import get_amp_type
+from sam3_lora_wrapper.base import set_resolution
 from sam3_lora_wrapper.checkpoint import load_model
 from sam3_lora_wrapper.dataset.prompts import texts_of
 from sam3_lora_wrapper.errors import UserError
@@ -74,6 +75,7 @@ class Predictor:
         model = load_model(model_path, base)
         record = model.lora.record
         self.prompts = record.get("prompts", {})
+        set_resolution(model, record["resolution"])
         model = model.lora.merge_and_unload().to(self.device)
         self.processor = Sam3Processor(model, record["resolution"], self.device, threshold)
 

@@ -52,7 +52,7 @@ class Target:
 def _weights(module: nn.Module, name: str):
     """(module name, weight, its layer kinds in row order) for each weight that `module` owns."""
     # By shape, not by class: later versions of SAM3 have an attention class of their own.
-    if all(hasattr(module, a) for a in ("in_proj_weight", "out_proj", "num_heads")):
+    if isinstance(module, nn.MultiheadAttention):
         yield name, module.in_proj_weight, ("q", "k", "v")
         yield f"{name}.out_proj", module.out_proj.weight, ("out",)
     elif isinstance(getattr(module, "qkv", None), nn.Linear):

@@ -4,21 +4,32 @@ import logging
 
 from torch import nn
 
+from sam3.train.utils.train_utils import get_amp_type
 from sam3_lora_wrapper.adapters import Lora
-from sam3_lora_wrapper.base import build_base, identity
+from sam3_lora_wrapper.base import build_base, identity, set_resolution
 from sam3_lora_wrapper.config import LoraConfig
+from sam3_lora_wrapper.memory import MemoryConfig, save_memory
 
 
-def trainable_base(base: dict, weights: str, masks: bool, **_unused) -> nn.Module:
+def trainable_base(base: dict, weights: str, resolution: int, masks: bool, **_unused) -> nn.Module:
     """The official model, every parameter trainable: full fine-tuning."""
     model = build_base(base, weights)
+    set_resolution(model, resolution)
     if not masks:
         model.segmentation_head = None
     return model
 
 
 def lora_model(
-    base: dict, weights: str, resolution: int, lora: dict, masks: bool = True, prompts: dict | None = None
+    base: dict,
+    weights: str,
+    resolution: int,
+    lora: dict,
+    masks: bool = True,
+    prompts: dict | None = None,
+    memory: dict | None = None,
+    amp: dict | None = None,
+    device: str = "cpu",
 ) -> nn.Module:
     """Build the official base, freeze it and inject LoRA adapters.
 
@@ -30,6 +41,9 @@ def lora_model(
         masks: whether masks are trained; without them the segmentation head is left out of
             training and stays that of the base at inference.
         prompts: texts of categories (`data.prompts`), recorded for inference.
+        memory: the `memory` section (see memory.MemoryConfig); without it the forward stays the official one.
+        amp: the trainer's autocast: enabled, amp_dtype.
+        device: type of the device that the trainer will move the model to.
 
     Returns:
         The official model, its adapters under `model.lora`; only they require gradients.
@@ -42,9 +56,13 @@ def lora_model(
         "prompts": dict(prompts or {}),
         **identity(model),
     }
+    set_resolution(model, resolution)
     if not masks:
         model.segmentation_head = None
     adapters = Lora(model, record)
     adapters.add(LoraConfig.from_dict(lora))
     logging.info("LoRA adapters:\n" + adapters.table())
+    if memory is not None:
+        autocast = get_amp_type(amp["amp_dtype"]) if amp and amp["enabled"] else None
+        save_memory(model, MemoryConfig.from_dict(memory), device, autocast)
     return model

@@ -26,11 +26,11 @@ VARIANTS = {
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("variant", ["plain", "rsLoRA", "DoRA", "with biases and full modules"])
-def test_a_new_adapter_changes_no_bit_of_any_output(tiny, forward, variant: str, training: bool) -> None:
+def test_a_new_adapter_changes_nothing_but_the_rounding_of_attention(tiny, forward, variant: str, training: bool) -> None:
     with torch.no_grad():
         base = forward(tiny.train(training))
         Lora(tiny).add(config(**VARIANTS[variant]))
-        assert same(forward(tiny), base)
+        assert difference(forward(tiny), base) < 2e-5  # adapted attention is fused, that of the decoder is not
     close(forward(tiny), base)
 
 

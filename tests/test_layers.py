@@ -78,8 +78,9 @@ def dense(weight: Tensor, adapter: Adapter) -> Tensor:
 
 def call(module: nn.Module, x: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
     """Output of a linear or attention module, with other weights in the place of its own if given."""
-    inputs = (x, x, x) if isinstance(module, nn.MultiheadAttention) else (x,)
-    out = functional_call(module, weights, inputs) if weights else module(*inputs)
+    attention = isinstance(module, nn.MultiheadAttention)
+    inputs, options = ((x, x, x), {"need_weights": False}) if attention else ((x,), {})
+    out = functional_call(module, weights, inputs, options) if weights else module(*inputs, **options)
     return out[0] if isinstance(out, tuple) else out
 
 
@@ -117,6 +118,37 @@ def test_output_and_gradients_equal_the_dense_formula(official, path: str, kinds
     for got, wanted in zip(torch.autograd.grad(y, trained, probe), torch.autograd.grad(expected, trained, probe)):
         assert wanted.abs().max() > 1e-6
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-10)
+
+
+MASKS = {
+    "none": lambda n, heads, t, k: {},
+    "causal": lambda n, heads, t, k: {"attn_mask": torch.ones(t, k, dtype=torch.bool).triu(1)},
+    "of every head, added": lambda n, heads, t, k: {"attn_mask": torch.randn(n * heads, t, k, dtype=torch.float64)},
+    "padding": lambda n, heads, t, k: {"key_padding_mask": torch.arange(k).expand(n, k) > 3},
+    "added and padding": lambda n, heads, t, k: {
+        "attn_mask": torch.randn(t, k, dtype=torch.float64),
+        "key_padding_mask": torch.zeros(n, k, dtype=torch.float64).masked_fill(torch.arange(k) > 2, -torch.inf)},
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("same", ["qkv", "qk", "kv", ""])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_attention_equals_the_official_one_for_all_inputs_and_masks(batch_first: bool, same: str, mask: str) -> None:
+    torch.manual_seed(0)
+    batch, tokens, heads, width = 2, 6, 4, 16
+    module = nn.MultiheadAttention(width, heads, batch_first=batch_first, dtype=torch.float64).requires_grad_(False)
+    module.in_proj_bias.normal_()
+    plain = copy.deepcopy(module)
+    add_adapter(module, ("q", "k", "v"))
+    keys = tokens if same in ("qkv", "qk") else tokens + 2
+    q, k, v = (torch.randn((batch, n, width) if batch_first else (n, batch, width), dtype=torch.float64)
+               for n in (tokens, keys, keys))
+    k, v = {"qkv": (q, q), "qk": (q, v), "kv": (k, k), "": (k, v)}[same]
+    options = MASKS[mask](batch, heads, tokens, keys)
+    weights = {"in_proj_weight": dense(plain.in_proj_weight, module.adapters["default"])}
+    expected = functional_call(plain, weights, (q, k, v), options)[0]
+    torch.testing.assert_close(module(q, k, v, **options)[0], expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("variant", ["plain", "rsLoRA", "DoRA"])

@@ -17,8 +17,18 @@ from sam3_lora_wrapper.dataset.segmentations import to_rle
 from sam3_lora_wrapper.errors import UserError
 
 
-def collate_fn(batch, num_chunks: int, **kwargs):
-    """Collate a batch for the official trainer: one batch, or a list of `num_chunks` of them."""
+def collate_fn(batch, num_chunks: int, prompts_per_pass: int | None = None, **kwargs):
+    """Collate a batch for the official trainer.
+
+    Args:
+        batch: datapoints.
+        num_chunks: into how many forwards they are divided; with more than one the result is a list.
+        prompts_per_pass: prompts of an image that form a stage, which is what the DETR sees at once; None for all.
+        kwargs: arguments of upstream's collate_fn_api.
+    """
+    for datapoint in batch:
+        for number, query in enumerate(datapoint.find_queries):
+            query.query_processing_order = number // (prompts_per_pass or len(datapoint.find_queries))
     if num_chunks == 1:
         return collate_fn_api(batch, **kwargs)
     return collate_fn_api_with_chunking(batch, num_chunks, **kwargs)

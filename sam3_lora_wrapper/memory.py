@@ -1,0 +1,133 @@
+"""What training keeps in memory, and what it computes again instead: the `memory` section of a configuration."""
+
+import logging
+from dataclasses import dataclass, fields
+
+import torch
+from torch import nn
+
+from sam3_lora_wrapper.errors import UserError
+from sam3_lora_wrapper.feature_cache import cache_features
+from sam3_lora_wrapper.layers import Adapted
+from sam3_lora_wrapper.passes import PassModel
+from sam3_lora_wrapper.text_cache import cache_text
+
+MATRICES = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.MultiheadAttention)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """The `memory` section, checked.
+
+    Args:
+        frozen_dtype: of the frozen matrices of the backbones: `float32`, `bfloat16`, `float16`, or `auto`:
+            the autocast dtype on CUDA and float32 elsewhere.
+        checkpoint_vision: compute the activations of ViT blocks again in backward.
+        checkpoint_text: the same for the blocks of the text encoder.
+        prompts_per_pass: prompts of an image that go through the DETR at once; None for all.
+        prompts_per_validation: the same in validation, where the backbones run again for each lot (data.val).
+        compile_vision: compile the blocks of the ViT.
+        feature_cache: folder for the ViT's features, or None.
+        feature_cache_gib: largest size of that folder.
+
+    Raises:
+        UserError: a value is impossible; the message names the field and the value.
+    """
+
+    frozen_dtype: str = "float32"
+    checkpoint_vision: bool = True
+    checkpoint_text: bool = True
+    prompts_per_pass: int | None = None
+    prompts_per_validation: int = 8
+    compile_vision: bool = False
+    feature_cache: str | None = None
+    feature_cache_gib: float = 50.0
+
+    @classmethod
+    def from_dict(cls, values) -> "MemoryConfig":
+        """Build from a mapping; an unknown key is an error that lists the known ones."""
+        known = [f.name for f in fields(cls)]
+        unknown = [key for key in values if key not in known]
+        if unknown:
+            raise UserError(f"memory.{unknown[0]}: no such key. Known: {', '.join(known)}")
+        return cls(**values)
+
+    def __post_init__(self):
+        if self.frozen_dtype not in ("auto", *DTYPES):
+            raise UserError(f"memory.frozen_dtype={self.frozen_dtype!r}: must be one of auto, {', '.join(DTYPES)}")
+        for name, null in (("prompts_per_pass", True), ("prompts_per_validation", False)):
+            value = getattr(self, name)
+            if not (value is None and null or type(value) is int and value > 0):
+                or_null = ", or null for all" if null else ""
+                raise UserError(f"memory.{name}={value!r}: must be a whole number of at least 1{or_null}")
+        for name in ("checkpoint_vision", "checkpoint_text", "compile_vision"):
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"memory.{name}={getattr(self, name)!r}: must be true or false")
+
+
+def save_memory(model: nn.Module, config: MemoryConfig, device: str, autocast: torch.dtype | None) -> None:
+    """Make a model with adapters train as the `memory` section says.
+
+    Args:
+        model: an official SAM3 image model, its adapters under `model.lora`.
+        config: the section.
+        device: type of the device that the run computes on.
+        autocast: the dtype that the run computes in, or None without autocast.
+
+    Raises:
+        UserError: the section asks for what this run cannot do.
+    """
+    cast_frozen(model.backbone, frozen_dtype(config.frozen_dtype, device, autocast))
+    vision, text = model.backbone.vision_backbone, model.backbone.language_backbone
+    vision.trunk.use_act_checkpoint = config.checkpoint_vision
+    text.encoder.transformer.grad_checkpointing = config.checkpoint_text
+    if not any(p.requires_grad for p in text.parameters()):
+        cache_text(text)
+    if config.feature_cache is not None:
+        cache_features(model, config.feature_cache, config.feature_cache_gib, model.lora.record["fingerprint"])
+    if config.compile_vision:
+        for block in vision.trunk.blocks:
+            block.compile()
+    model.__class__ = PassModel
+
+
+def frozen_dtype(name: str, device: str, autocast: torch.dtype | None) -> torch.dtype:
+    """The dtype that `memory.frozen_dtype` stands for; the arguments are those of `save_memory`."""
+    if name == "auto":
+        return autocast if autocast and device == "cuda" else torch.float32
+    if name != "float32" and autocast is None:
+        raise UserError(f"memory.frozen_dtype={name}: needs trainer.optim.amp.enabled=true, or use float32")
+    return DTYPES[name]
+
+
+def cast_frozen(backbone: nn.Module, dtype: torch.dtype) -> None:
+    """Keep the frozen matrices of the backbones in another dtype.
+
+    Autocast rounds them to its dtype in every step anyway: where both are the same, no output changes by a bit. The token
+    embedding and what is not a matrix (norms, biases) stay as they are, for autocast does not round them.
+
+    Raises:
+        UserError: a weight is beyond what the dtype can hold.
+    """
+    saved, read = 0, weights_that_are_read(backbone)
+    for name, module in backbone.named_modules():
+        if isinstance(module, MATRICES) and module not in read:
+            for key, weight in module.named_parameters(recurse=False):
+                if weight.ndim > 1 and not weight.requires_grad and weight.dtype != dtype:
+                    cast = weight.data.to(dtype)
+                    if not torch.isfinite(cast).all():
+                        raise UserError(f"memory.frozen_dtype={dtype}: {name}.{key} is too large for it. Use bfloat16")
+                    saved += weight.nbytes - cast.nbytes
+                    weight.data = cast
+    if saved:
+        logging.info(f"frozen weights in {str(dtype).removeprefix('torch.')}: {saved / 2**20:,.0f} MiB less")
+
+
+def weights_that_are_read(backbone: nn.Module) -> set[nn.Module]:
+    """The out_proj that carry an adapter which the attention, not adapted itself, reads as W + B A.
+
+    In a short dtype the sum would lose every update that is smaller than the rounding of W.
+    """
+    attention = [m for m in backbone.modules() if isinstance(m, nn.MultiheadAttention) and not isinstance(m, Adapted)]
+    return {m.out_proj for m in attention if isinstance(m.out_proj, Adapted)}
