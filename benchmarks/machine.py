@@ -24,8 +24,8 @@ def machine() -> dict:
     }
 
 
-def write_results(name: str, title: str, rows: list[dict]) -> None:
-    """Write `results/<name>.json` and a Markdown table `results/<name>.md`, and print the table."""
+def write_results(name: str, title: str, rows: list[dict], note: str = "") -> None:
+    """Write `results/<name>.json` and a Markdown table `results/<name>.md` with a note below, and print the table."""
     RESULTS.mkdir(exist_ok=True)
     where = machine()
     (RESULTS / f"{name}.json").write_text(json.dumps({"machine": where, "rows": rows}, indent=1) + "\n")
@@ -35,6 +35,6 @@ def write_results(name: str, title: str, rows: list[dict]) -> None:
     table = "\n".join(f"| {line} |" for line in lines)
     there = f"{where['cores']} cores {where['cpu']}, {where['memory_gib']} GiB, GPU: {where['gpu'] or 'none'}, " \
             f"torch {where['torch']}"
-    text = f"# {title}\n\n{there}\n\n{table}\n"
+    text = f"# {title}\n\n{there}\n\n{table}\n" + (f"\n{note}\n" if note else "")
     (RESULTS / f"{name}.md").write_text(text)
     print(text)

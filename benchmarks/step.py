@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--objects", type=int, default=4, help="in each image")
     parser.add_argument("--categories", type=int, default=3, help="all are prompts of each image")
     parser.add_argument("--cap", type=float, help="GiB of GPU memory that may be used")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as folder:
         trainer, device, start = build_trainer(args.config, args.overrides, Path(folder), args)
         model = trainer.model.module

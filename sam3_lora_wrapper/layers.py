@@ -198,11 +198,13 @@ class Adapted:
                 adapted = scale[:, None] * adapted
         return adapted.to(weight.dtype)
 
-    def project(self, x: Tensor, factors: tuple[Tensor, Tensor], start: int = 0, stop: int | None = None) -> Tensor:
+    def project(self, x: Tensor, factors: tuple | None, start: int = 0, stop: int | None = None) -> Tensor:
         """x times the rows of W + B A from start to stop, (..., stop - start), plus the bias."""
-        A, B = factors
         rows, bias = slice(start, stop), self._parameters[self.bias_name]
         weight, bias = self.base_weight[rows], None if bias is None else bias[rows]
+        if factors is None:
+            return F.linear(x, weight, bias)
+        A, B = factors
         scale = self.row_scale(A, B)
         y = low_rank_linear(x, weight, bias if scale is None else None, A, B[rows])
         if scale is not None:
@@ -217,12 +219,11 @@ class AdaptedLinear(Adapted):
     weight = property(Adapted.adapted_weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        factors = self.active_factors()
-        return F.linear(x, self.base_weight, self.bias) if factors is None else self.project(x, factors)
+        return self.project(x, self.active_factors())
 
 
 class AdaptedAttention(Adapted):
-    """nn.MultiheadAttention with adapters for its packed projection; does not return attention weights."""
+    """nn.MultiheadAttention with adapters for its packed projection, which does not return attention weights then."""
 
     weight_name, bias_name = "in_proj_weight", "in_proj_bias"
 
@@ -231,7 +232,7 @@ class AdaptedAttention(Adapted):
     def forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, **options):
         """The arguments and first result are those of nn.MultiheadAttention; inputs have a batch dimension."""
         factors = self.active_factors()
-        if factors is None:
+        if factors is None and (need_weights or self.adapters):  # without its adapters the base, bit for bit
             options |= {"key_padding_mask": key_padding_mask, "need_weights": need_weights, "attn_mask": attn_mask}
             return super().forward(query, key, value, **options)
         q, k, v = (self.split_heads(x) for x in self.project_inputs(query, key, value, factors))

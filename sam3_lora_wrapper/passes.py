@@ -135,5 +135,7 @@ class Differentiated(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_loss):
         ctx.owner.gradient_scale = d_loss
-        factor = d_loss / ctx.scale
-        return None, None, None, *[g if g is None else g * factor for g in ctx.gradients]
+        factor, gradients = d_loss / ctx.scale, ctx.gradients
+        for i, gradient in enumerate(gradients):  # one by one, so that there are no two copies of all
+            gradients[i] = None if gradient is None else gradient * factor
+        return None, None, None, *gradients

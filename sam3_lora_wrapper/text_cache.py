@@ -1,4 +1,4 @@
-"""Text features that are computed once: where nothing of the text encoder is trained, those of a prompt never change."""
+"""Text features, computed once: where nothing of the text encoder is trained, those of a prompt never change."""
 
 import logging
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ class CachedTextEncoder(VETextEncoder):
     parked = torch.device("cpu")
 
     def forward(self, text, input_boxes: list | None = None, device: torch.device | str | None = None):
-        """The mask (n, tokens), the features (tokens, n, d_model) and the token embeddings (tokens, n, width) of n texts.
+        """Mask (n, tokens), features (tokens, n, d_model) and token embeddings (tokens, n, width) of n texts.
 
         Raises:
             UserError: a parameter of the encoder has become trainable.

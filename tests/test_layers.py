@@ -149,6 +149,10 @@ def test_attention_equals_the_official_one_for_all_inputs_and_masks(batch_first:
     weights = {"in_proj_weight": dense(plain.in_proj_weight, module.adapters["default"])}
     expected = functional_call(plain, weights, (q, k, v), options)[0]
     torch.testing.assert_close(module(q, k, v, **options)[0], expected, rtol=0, atol=1e-12)
+    module.adapters.clear()
+    module.active = ()
+    unadapted = module(q, k, v, need_weights=False, **options)[0]
+    torch.testing.assert_close(unadapted, plain(q, k, v, **options)[0], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("variant", ["plain", "rsLoRA", "DoRA"])
