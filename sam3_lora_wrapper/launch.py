@@ -182,8 +182,8 @@ def _out_of_memory(error: torch.OutOfMemoryError) -> UserError:
     asked = str(error).split(" GPU ")[0].rstrip(". ")
     return UserError(
         f"{asked}, with up to {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB in use in this step. "
-        "What takes less in training: training.memory=low, training.batch_size=1, loss=boxes, "
-        "a smaller data.max_negatives, lora_minimal.yaml"
+        "What takes less in training: training.memory=low, training.batch_size=1, model.resolution=672, loss=boxes, "
+        "lora_minimal.yaml"
     )
 
 

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from coco_files import HEIGHT, SQUARE, WIDTH, annotation, compressed, example, write
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
+from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 from torch.utils.data import DataLoader
 
@@ -22,6 +24,7 @@ from sam3.train.transforms.filter_query_transforms import FilterEmptyTargets, Fl
 from sam3.train.transforms.segmentation import DecodeRle
 from sam3_lora_wrapper.dataset.image_files import open_image
 from sam3_lora_wrapper.dataset.loader import CocoDataset, CocoPrompts
+from sam3_lora_wrapper.dataset.mask_resize import resize_mask
 from sam3_lora_wrapper.dataset.prompts import check_prompts, foreign_to, texts_of
 from sam3_lora_wrapper.dataset.splits import split_folder
 from sam3_lora_wrapper.errors import UserError
@@ -322,3 +325,16 @@ def test_image_that_cannot_be_read_stops_the_run(tmp_path: Path) -> None:
     (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:2000])
     with pytest.raises(UserError, match="1.png cannot be read as an image"):
         datapoints[0]
+
+
+@pytest.mark.parametrize("size, target", [((120, 90), (96, 96)), ((64, 80), (200, 160)), ((100, 100), (100, 100)),
+                                          ((333, 57), (40, 41))])
+def test_masks_are_resized_as_torchvision_does(size: tuple, target: tuple) -> None:
+    generator = np.random.default_rng(0)
+    masks = [np.zeros(size), np.ones(size)]
+    for _ in range(12):
+        outline = (generator.random((5, 2)) * size[::-1] * 1.2 - 5).round(1)
+        masks.append(mask_util.decode(mask_util.merge(mask_util.frPyObjects([outline.ravel().tolist()], *size))))
+    for mask in map(torch.from_numpy, (m.astype(np.uint8) for m in masks)):
+        expected = torchvision.transforms.functional.resize(mask[None, None], list(target)).squeeze()
+        assert torch.equal(resize_mask(mask, *target), expected)

@@ -29,6 +29,8 @@ def collate_fn(batch, num_chunks: int, prompts_per_pass: int | None = None, **kw
     for datapoint in batch:
         for number, query in enumerate(datapoint.find_queries):
             query.query_processing_order = number // (prompts_per_pass or len(datapoint.find_queries))
+        for item in (o for image in datapoint.images for o in image.objects if o.segment is not None):
+            item.segment = item.segment.view(torch.bool)  # upstream would copy all masks to convert them
     if num_chunks == 1:
         return collate_fn_api(batch, **kwargs)
     return collate_fn_api_with_chunking(batch, num_chunks, **kwargs)
