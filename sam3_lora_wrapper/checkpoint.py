@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from sam3_lora_wrapper.adapters import Lora
-from sam3_lora_wrapper.base import build_base, identity, read_checkpoint
+from sam3_lora_wrapper.base import build_base, identity, read_checkpoint, set_resolution
 from sam3_lora_wrapper.config import LoraConfig
 from sam3_lora_wrapper.errors import UserError
 
@@ -115,7 +115,7 @@ def load_model(path: str | Path | None, weights: str | None = None) -> nn.Module
         weights: where the base's weights are, if not where they were in training.
 
     Returns:
-        The official model with the adapter active (`model.lora`), on the CPU, in eval mode.
+        The official model with the adapter active (`model.lora`), on the CPU, in eval mode, for images of the base's side.
 
     Raises:
         UserError: the file or the base is not what it must be.
@@ -132,3 +132,10 @@ def load_model(path: str | Path | None, weights: str | None = None) -> nn.Module
     lora.add(LoraConfig.from_dict(content["lora"]))
     lora.load_state_dict(content["adapter"])
     return model.eval()
+
+
+def load_trained(path: str | Path, weights: str | None = None) -> nn.Module:
+    """`load_model`, for images of the side that the adapter was trained on."""
+    model = load_model(path, weights)
+    set_resolution(model, model.lora.record["resolution"])
+    return model

@@ -64,7 +64,7 @@ def take_adapter(cfg: DictConfig, adapter: Path, weights: str | None) -> None:
     if cfg.data.prompts is None:
         cfg.data.prompts = record.get("prompts")
     cfg.trainer.model = {
-        "_target_": "sam3_lora_wrapper.checkpoint.load_model", "path": str(adapter), "weights": weights,
+        "_target_": "sam3_lora_wrapper.checkpoint.load_trained", "path": str(adapter), "weights": weights,
     }
 
 

@@ -9,8 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as mask_util
 
 from sam3.train.utils.train_utils import get_amp_type
-from sam3_lora_wrapper.base import set_resolution
-from sam3_lora_wrapper.checkpoint import load_model
+from sam3_lora_wrapper.checkpoint import load_trained
 from sam3_lora_wrapper.dataset.prompts import texts_of
 from sam3_lora_wrapper.errors import UserError
 
@@ -72,10 +71,9 @@ class Predictor:
             raise UserError(f"--device {device}: no such device. Leave it out or give cpu, cuda or cuda:1") from None
         if self.device_type == "cuda" and not torch.cuda.is_available():
             raise UserError(f"--device {device}: PyTorch sees no CUDA device. Leave it out or give cpu")
-        model = load_model(model_path, base)
+        model = load_trained(model_path, base)
         record = model.lora.record
         self.prompts = record.get("prompts", {})
-        set_resolution(model, record["resolution"])
         model = model.lora.merge_and_unload().to(self.device)
         self.processor = Sam3Processor(model, record["resolution"], self.device, threshold)
 

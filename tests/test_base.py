@@ -6,9 +6,11 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from sam3.model_builder import _load_checkpoint, build_sam3_video_model
@@ -20,6 +22,7 @@ from sam3_lora_wrapper.base import (
     image_weights,
     load_weights,
     official_image_model,
+    set_resolution,
 )
 from sam3_lora_wrapper.errors import UserError
 from sam3_lora_wrapper.launch import compose_config
@@ -179,3 +182,20 @@ def test_hub_refusal_says_what_to_do(hub, tmp_path: Path, status: int, code: str
     assert done.returncode == 1 and done.stderr.startswith("error: "), done.stderr
     assert said in done.stderr and "model.weights=/path/to/sam3.pt" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_another_resolution_is_that_of_a_vit_built_for_it(tiny_config) -> None:
+    """The rotary embeddings of global blocks are interpolated; those of windows and all weights stay."""
+    arguments = tiny_config["backbone"]["visual"]["trunk"] | {"global_att_blocks": [1, 3], "window_size": 6}
+    small, large = (instantiate(arguments | {"img_size": side}).eval() for side in (96, 192))
+    weights = {k: v for k, v in small.state_dict().items() if "freqs_cis" not in k}
+    assert large.load_state_dict(weights, strict=False).missing_keys == [f"blocks.{i}.attn.freqs_cis" for i in range(4)]
+    x = torch.randn(1, 3, 192, 192)
+    with pytest.raises(AssertionError), torch.no_grad():
+        small(x)
+    model = SimpleNamespace(backbone=SimpleNamespace(vision_backbone=SimpleNamespace(trunk=small)))
+    set_resolution(model, 192)
+    with torch.no_grad():
+        assert torch.equal(small(x)[-1], large(x)[-1])
+    with pytest.raises(UserError, match="model.resolution=100: must be a multiple of 8"):
+        set_resolution(model, 100)

@@ -85,3 +85,10 @@ def test_unknown_configuration_is_answered_with_the_known_ones() -> None:
 def test_missing_dataset_root_is_named() -> None:
     with pytest.raises(UserError, match="paths.dataset_root"):
         compose_config("lora_base", [])
+
+
+def test_sizes_follow_the_resolution_and_full_fine_tuning_is_a_choice() -> None:
+    cfg = compose_config("lora_base", [DATA, "model.resolution=672", "method=full"])
+    assert list(cfg.training.sizes) == [320, 384, 448, 512, 576, 640, 672]
+    assert cfg.trainer.model._target_.endswith("trainable_base") and cfg.trainer.model.lora is None
+    assert cfg.loss.criterion._target_.endswith("Sam3LossWrapper") and cfg.memory.prompts_per_pass is None
