@@ -39,8 +39,8 @@ REPEATS = {"tiny": 11, "840M": 3}
 
 
 NOTE = (
-    "In bfloat16 the sum W + B A is rounded once, not merged it is never formed: outputs differ by about what bfloat16 changes "
-    "of the plain base, which is more than 1e-3. Whoever needs them equal infers in float32."
+    "In bfloat16 the sum W + B A is rounded once, not merged it is never formed: outputs differ by about what bfloat16 "
+    "changes of the plain base, which is more than 1e-3. Whoever needs them equal infers in float32."
 )
 
 

@@ -102,7 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--steps", type=int, default=5, help="measured, after one more")
+    parser.add_argument("--steps", type=int, default=5, help="timed, after one more")
     parser.add_argument("--objects", type=int, default=4, help="in each image")
     parser.add_argument("--categories", type=int, default=3, help="all are prompts of each image")
     parser.add_argument("--cap", type=float, help="GiB of GPU memory that may be used")
@@ -111,27 +111,41 @@ def main() -> None:
         trainer, device, start = build_trainer(args.config, args.overrides, Path(folder), args)
         model = trainer.model.module
         batch = next(iter(trainer.train_dataset.get_loader(0)))
-        losses = {LOSS: AverageMeter(LOSS, device, ":.2e")}
-        seconds = []
-        with LiveMemory([*model.parameters(), *model.buffers()]) as live:
-            for step in range(args.steps + 1):
-                if device == "cuda" and step == 1:
-                    torch.cuda.reset_peak_memory_stats()
-                begin = time.perf_counter()
-                trainer._run_step({**batch}, "train", losses, {})
-                trainer.optim.optimizer.step()
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                seconds.append(time.perf_counter() - begin)
-        peak = torch.cuda.max_memory_allocated() if device == "cuda" else live.peak
+        weights = [*model.parameters(), *model.buffers()]
+        losses, seconds, optimizer = {LOSS: AverageMeter(LOSS, device, ":.2e")}, [], trainer.optim.optimizer
+
+        def step() -> None:
+            begin = time.perf_counter()
+            trainer._run_step({**batch}, "train", losses, {})
+            optimizer.step()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - begin)
+
+        if args.steps:
+            step()
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        for _ in range(args.steps):
+            step()
+        if device == "cuda":
+            peak = torch.cuda.max_memory_allocated()
+        else:  # a step more, for the record of memory costs time
+            state = [v for values in optimizer.state.values() for v in values.values() if isinstance(v, torch.Tensor)]
+            trainer.optim.zero_grad(set_to_none=True)
+            with LiveMemory([*weights, *state]) as live:
+                step()
+            peak = live.peak
         print(json.dumps({
             "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "tensors with gradients": check_gradients(model),
             "loss": losses[LOSS].val,
-            "weights_gib": sum(t.nbytes for t in (*model.parameters(), *model.buffers())) / 2**30,
+            "weights_gib": sum(t.nbytes for t in weights if t.device.type == device) / 2**30,
             "peak_gib": peak / 2**30,
             "rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-            "seconds": statistics.median(seconds[1:] or seconds), "all seconds": seconds, "build_s": start}))
+            "seconds": statistics.median(seconds[1 : args.steps + 1] or seconds),
+            "all seconds": seconds,
+            "build_s": start}))
 
 
 if __name__ == "__main__":

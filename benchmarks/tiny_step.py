@@ -72,7 +72,7 @@ def build_trainer(config: str, overrides: list[str], data: Path, folder: Path):
     cfg = compose_config(config, [
         f"paths.dataset_root={data}", f"paths.experiment_log_dir={folder}", f"trainer.accelerator={DEVICE}",
         "trainer.mode=train_only", "loss=masks_semantic", "data.num_workers=0",
-        "memory.checkpoint_vision=true", "memory.checkpoint_text=true", f"training.batch_size={IMAGES}", *overrides])
+        "memory.checkpoint_vision=1", "memory.checkpoint_text=true", f"training.batch_size={IMAGES}", *overrides])
     with mock.patch("sam3.train.trainer.setup_distributed_backend", lambda *_: 0):
         trainer = instantiate(cfg.trainer, _recursive_=False)
     trainer.model.train()

@@ -2,9 +2,11 @@
 
 import logging
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from sam3_lora_wrapper.errors import UserError
 from sam3_lora_wrapper.feature_cache import cache_features
@@ -23,8 +25,8 @@ class MemoryConfig:
     Args:
         frozen_dtype: of the frozen matrices of the backbones: `float32`, `bfloat16`, `float16`, or `auto`:
             the autocast dtype on CUDA and float32 elsewhere.
-        checkpoint_vision: compute the activations of ViT blocks again in backward.
-        checkpoint_text: the same for the blocks of the text encoder.
+        checkpoint_vision: share of the ViT's blocks whose activations are computed again in backward, 0 to 1.
+        checkpoint_text: whether those of the text encoder's blocks are.
         prompts_per_pass: prompts of an image that go through the DETR at once; None for all.
         prompts_per_validation: the same in validation, where the backbones run again for each lot (data.val).
         compile_vision: compile the blocks of the ViT.
@@ -36,7 +38,7 @@ class MemoryConfig:
     """
 
     frozen_dtype: str = "float32"
-    checkpoint_vision: bool = True
+    checkpoint_vision: float = 1.0
     checkpoint_text: bool = True
     prompts_per_pass: int | None = None
     prompts_per_validation: int = 8
@@ -61,7 +63,9 @@ class MemoryConfig:
             if not (value is None and null or type(value) is int and value > 0):
                 or_null = ", or null for all" if null else ""
                 raise UserError(f"memory.{name}={value!r}: must be a whole number of at least 1{or_null}")
-        for name in ("checkpoint_vision", "checkpoint_text", "compile_vision"):
+        if not isinstance(self.checkpoint_vision, (int, float)) or not 0 <= self.checkpoint_vision <= 1:
+            raise UserError(f"memory.checkpoint_vision={self.checkpoint_vision!r}: must be a share from 0 to 1")
+        for name in ("checkpoint_text", "compile_vision"):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"memory.{name}={getattr(self, name)!r}: must be true or false")
 
@@ -81,7 +85,7 @@ def save_memory(model: nn.Module, config: MemoryConfig, device: str, autocast: t
     fuse_attention(model)
     cast_frozen(model.backbone, frozen_dtype(config.frozen_dtype, device, autocast))
     vision, text = model.backbone.vision_backbone, model.backbone.language_backbone
-    vision.trunk.use_act_checkpoint = config.checkpoint_vision
+    checkpoint_blocks(vision.trunk, config.checkpoint_vision)
     text.encoder.transformer.grad_checkpointing = config.checkpoint_text
     if not any(p.requires_grad for p in text.parameters()):
         cache_text(text)
@@ -102,6 +106,19 @@ def fuse_attention(model: nn.Module) -> None:
     for module in list(model.modules()):
         if isinstance(module, nn.MultiheadAttention):
             adapt(module)
+
+
+def checkpoint_blocks(trunk: nn.Module, share: float) -> None:
+    """Checkpoint a share of a ViT's blocks, evenly spread; upstream knows all or none.
+
+    Args:
+        trunk: an official ViT, changed in place.
+        share: of its blocks, 0 to 1.
+    """
+    trunk.use_act_checkpoint = False
+    for i, block in enumerate(trunk.blocks):
+        if int((i + 1) * share) > int(i * share):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def frozen_dtype(name: str, device: str, autocast: torch.dtype | None) -> torch.dtype:

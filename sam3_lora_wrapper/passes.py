@@ -83,7 +83,7 @@ class PassLoss(Sam3LossWrapper):
         return self._boxes
 
     def forward(self, passes: Passes, find_targets: list[dict]) -> dict[str, Tensor]:
-        """Losses as the official wrapper names them, averaged over all prompts.
+        """Losses as the official wrapper names them, of all prompts; F1 and accuracy are means over passes.
 
         Args:
             passes: of the model.
@@ -92,7 +92,8 @@ class PassLoss(Sam3LossWrapper):
         counts = torch.cat([t["num_boxes"] for t in find_targets])
         boxes = super()._get_num_boxes({"num_boxes": counts, "boxes": torch.cat([t["boxes"] for t in find_targets])})
         present = (counts > 0).sum().clamp(min=1)
-        inputs = passes.leaves + passes.parameters()
+        parameters = passes.parameters()
+        inputs = passes.leaves + parameters
         gradients: list[Tensor | None] = [None] * len(inputs)
         losses: dict[str, Tensor] = {}
         for outputs, targets in zip(passes, find_targets):
@@ -111,7 +112,7 @@ class PassLoss(Sam3LossWrapper):
                 losses[key] = losses.get(key, 0) + torch.as_tensor(value).detach()
             del outputs, terms
         losses[CORE_LOSS_KEY] = Differentiated.apply(
-            losses[CORE_LOSS_KEY], self, gradients, *passes.outputs, *passes.parameters())
+            losses[CORE_LOSS_KEY], self, gradients, *passes.outputs, *parameters)
         return losses
 
     def _differentiate(self, loss: Tensor, inputs: list[Tensor], gradients: list[Tensor | None]) -> None:
