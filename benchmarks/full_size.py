@@ -33,10 +33,11 @@ RUNS = {
 }
 CAPS = (16, 12, 8)
 CPU_NOTE = (
-    "Peaks are the most bytes of tensors alive at once, of the first step (of full fine-tuning: of a later one, with the "
-    "optimizer's state; that of adapters is 0.08 GiB or less). A GPU holds the workspaces of its kernels as well, and where "
-    "text is not adapted about 0.6 GiB less: the text encoder waits on the CPU. The targets are for a GPU, where nothing was "
-    "measured."
+    "Peaks are the most bytes of tensors alive at once, of the first step. In later ones the optimizer's state is beside the "
+    "activations: 0.08 GiB or less for adapters; of full fine-tuning a second step did not fit into 24 GB. A GPU holds the "
+    "workspaces of its kernels as well, and where text is not adapted about 0.6 GiB less: the text encoder waits on the CPU. "
+    "The targets are for a GPU, where nothing was measured. `low` computes the whole forward twice and one of two backward "
+    "products: three quarters of full fine-tuning is the least that it can take."
 )
 
 
@@ -64,7 +65,7 @@ def verdict(value: float, target: float | None) -> str:
 def memory_row(name: str) -> dict:
     """Memory of one step, on a GPU also whether it fits into less."""
     run, prompts, target, _ = RUNS[name]
-    done = measure(*overrides(run), categories=prompts, steps=STEPS if CUDA else int(run is FULL))
+    done = measure(*overrides(run), categories=prompts, steps=STEPS if CUDA else 0)
     row = {"run": name, "prompts": prompts, "trained": f"{done['trained']:,}",
            "weights, GiB": round(done["weights_gib"], 2), "peak, GiB": round(done["peak_gib"], 2),
            "target, GiB": verdict(done["peak_gib"], target)}

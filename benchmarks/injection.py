@@ -33,7 +33,7 @@ def timed(function) -> tuple[float, object]:
 
 def main() -> None:
     rows = []
-    for preset in ("lora_minimal", "lora_base", "lora_full"):
+    for preset in ("lora_base", "lora_full"):
         cfg = compose_config(preset, ["paths.dataset_root=unused"])
         lora_config = LoraConfig.from_dict(OmegaConf.to_container(cfg.lora))
         build, seconds = [], {"fingerprint": [], "injection": [], "casting to bfloat16": []}
