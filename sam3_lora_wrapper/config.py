@@ -20,8 +20,23 @@ def expand_kinds(kinds) -> tuple[str, ...]:
     return tuple(kind for kind in KINDS if kind in named)
 
 
+class Section:
+    """Mixin of a dataclass that holds a section of a configuration."""
+
+    section = ""
+
+    @classmethod
+    def from_dict(cls, values):
+        """Build from a mapping; an unknown key is an error that lists the known ones."""
+        known = [f.name for f in fields(cls)]
+        unknown = [key for key in values if key not in known]
+        if unknown:
+            raise UserError(f"{cls.section}.{unknown[0]}: no such key. Known: {', '.join(known)}")
+        return cls(**values)
+
+
 @dataclass(frozen=True)
-class LoraConfig:
+class LoraConfig(Section):
     """The `lora` section, checked.
 
     Args:
@@ -45,6 +60,8 @@ class LoraConfig:
         UserError: a value is impossible; the message names the field and the value.
     """
 
+    section = "lora"
+
     rank: int = 8
     alpha: float = 16
     dropout: float = 0.0
@@ -57,15 +74,6 @@ class LoraConfig:
     use_rslora: bool = False
     use_dora: bool = False
     init: str = "kaiming"
-
-    @classmethod
-    def from_dict(cls, values) -> "LoraConfig":
-        """Build from a mapping; an unknown key is an error that lists the known ones."""
-        known = [f.name for f in fields(cls)]
-        unknown = [key for key in values if key not in known]
-        if unknown:
-            raise UserError(f"lora.{unknown[0]}: no such key. Known: {', '.join(known)}")
-        return cls(**values)
 
     def to_dict(self) -> dict:
         """The section as plain values, for files."""

@@ -1,13 +1,14 @@
 """What training keeps in memory, and what it computes again instead: the `memory` section of a configuration."""
 
 import logging
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from sam3_lora_wrapper.config import Section
 from sam3_lora_wrapper.errors import UserError
 from sam3_lora_wrapper.feature_cache import cache_features
 from sam3_lora_wrapper.layers import adapt
@@ -19,7 +20,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 @dataclass(frozen=True)
-class MemoryConfig:
+class MemoryConfig(Section):
     """The `memory` section, checked.
 
     Args:
@@ -37,6 +38,8 @@ class MemoryConfig:
         UserError: a value is impossible; the message names the field and the value.
     """
 
+    section = "memory"
+
     frozen_dtype: str = "float32"
     checkpoint_vision: float = 1.0
     checkpoint_text: bool = True
@@ -45,15 +48,6 @@ class MemoryConfig:
     compile_vision: bool = False
     feature_cache: str | None = None
     feature_cache_gib: float = 50.0
-
-    @classmethod
-    def from_dict(cls, values) -> "MemoryConfig":
-        """Build from a mapping; an unknown key is an error that lists the known ones."""
-        known = [f.name for f in fields(cls)]
-        unknown = [key for key in values if key not in known]
-        if unknown:
-            raise UserError(f"memory.{unknown[0]}: no such key. Known: {', '.join(known)}")
-        return cls(**values)
 
     def __post_init__(self):
         if self.frozen_dtype not in ("auto", *DTYPES):
