@@ -26,7 +26,8 @@ SIDES = (480, 576, 672, 768, 864, 960, 1008)  # of images in upstream's fine-tun
 OmegaConf.register_new_resolver("is_cuda", lambda device: device == "cuda", replace=True)
 OmegaConf.register_new_resolver("split_folder", split_folder, replace=True)
 OmegaConf.register_new_resolver("demo_dataset", demo_dataset, replace=True)
-OmegaConf.register_new_resolver("image_sides", lambda side: [round(side * s / 1008) for s in SIDES], replace=True)
+OmegaConf.register_new_resolver("image_sides", lambda side: OmegaConf.create([round(side * s / 1008) for s in SIDES]),
+                                replace=True)
 OmegaConf.register_new_resolver("iou_type", lambda m: "segm" if m else "bbox", replace=True)
 
 
