@@ -115,7 +115,8 @@ def load_model(path: str | Path | None, weights: str | None = None) -> nn.Module
         weights: where the base's weights are, if not where they were in training.
 
     Returns:
-        The official model with the adapter active (`model.lora`), on the CPU, in eval mode, for images of the base's side.
+        The official model with the adapter active (`model.lora`), on the CPU, in eval mode, for images of the
+        base's side.
 
     Raises:
         UserError: the file or the base is not what it must be.

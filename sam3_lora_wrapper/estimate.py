@@ -20,6 +20,8 @@ from tqdm import tqdm
 
 from sam3.train.trainer import Trainer, unwrap_ddp_if_wrapped
 from sam3.train.transforms.filter_query_transforms import FilterFindQueriesWithTooManyOut
+from sam3_lora_wrapper.dataset.loader import CocoDataset
+from sam3_lora_wrapper.errors import UserError
 from sam3_lora_wrapper.live_memory import LiveMemory
 
 PARTS = {  # whole modules, where targets.COMPONENTS names what is adapted in them
@@ -41,7 +43,13 @@ class DryRun(Trainer):
     """The official trainer, whose run is a few measured steps and a report."""
 
     def run(self) -> None:
-        """Print what the run would take, each part as soon as it is known."""
+        """Print what the run would take, each part as soon as it is known.
+
+        Raises:
+            UserError: the configuration is one of upstream's, whose data cannot be asked for its fullest images.
+        """
+        if not isinstance(self.train_dataset.dataset, CocoDataset):
+            raise UserError("--dry-run needs a CocoDataset to train on, as in sam3_lora_configs/data/coco.yaml")
         self.logger, self.logging_conf.log_scalar_frequency = StepLog(), 1
         print(f"\n{component_table(unwrap_ddp_if_wrapped(self.model))}\n", flush=True)
         print(f"\n{memory_report(measure_memory(self))}\n", flush=True)

@@ -30,6 +30,7 @@ class ChunkedMasks(Masks):
         if target is None:
             target = torch.arange(len(image), device=image.device)
         chunks = zip(*(part.split(self.masks_per_chunk) for part in (image, query, target)))
+        official = super().get_loss
         # The sampled predictions are recomputed in backward instead of being kept for all masks.
-        losses = [checkpoint(super().get_loss, outputs, targets, chunk, num_boxes, use_reentrant=False) for chunk in chunks]
+        losses = [checkpoint(official, outputs, targets, chunk, num_boxes, use_reentrant=False) for chunk in chunks]
         return {key: sum(loss[key] for loss in losses) for key in losses[0]}

@@ -127,8 +127,8 @@ def frozen_dtype(name: str, device: str, autocast: torch.dtype | None) -> torch.
 def cast_frozen(backbone: nn.Module, dtype: torch.dtype) -> None:
     """Keep the frozen matrices of the backbones in another dtype.
 
-    Autocast rounds them to its dtype in every step anyway: where both are the same, no output changes by a bit. The token
-    embedding and what is not a matrix (norms, biases) stay as they are, for autocast does not round them.
+    Autocast rounds them to its dtype in every step anyway: where both are the same, no output changes by a bit. The
+    token embedding and what is not a matrix (norms, biases) stay as they are, for autocast does not round them.
 
     Raises:
         UserError: a weight is beyond what the dtype can hold.

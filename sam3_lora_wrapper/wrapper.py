@@ -8,11 +8,23 @@ from sam3.train.utils.train_utils import get_amp_type
 from sam3_lora_wrapper.adapters import Lora
 from sam3_lora_wrapper.base import build_base, identity, set_resolution
 from sam3_lora_wrapper.config import LoraConfig
+from sam3_lora_wrapper.errors import UserError
 from sam3_lora_wrapper.memory import MemoryConfig, save_memory
 
 
-def trainable_base(base: dict, weights: str, resolution: int, masks: bool, **_unused) -> nn.Module:
-    """The official model, every parameter trainable: full fine-tuning."""
+def trainable_base(
+    base: dict, weights: str, resolution: int, masks: bool, memory: dict, semantic_loss: dict | None, **_unused
+) -> nn.Module:
+    """The official model, every parameter trainable: full fine-tuning.
+
+    Raises:
+        UserError: the configuration asks for passes of prompts, or trains masks without the semantic head.
+    """
+    if memory["prompts_per_pass"] is not None:
+        passes = memory["prompts_per_pass"]
+        raise UserError(f"memory.prompts_per_pass={passes}: full fine-tuning has no passes, give null")
+    if masks and semantic_loss is None:
+        raise UserError("method=full: every part that computes needs a loss. Give loss=masks_semantic or loss=boxes")
     model = build_base(base, weights)
     set_resolution(model, resolution)
     if not masks:

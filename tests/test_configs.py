@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from hydra.utils import get_object
+from hydra.errors import InstantiationException
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from sam3_lora_wrapper.errors import UserError
@@ -93,3 +94,13 @@ def test_sizes_follow_the_resolution_and_full_fine_tuning_is_a_choice() -> None:
     assert list(cfg.training.sizes) == [320, 384, 448, 512, 576, 640, 672]
     assert cfg.trainer.model._target_.endswith("trainable_base") and cfg.trainer.model.lora is None
     assert cfg.loss.criterion._target_.endswith("Sam3LossWrapper") and cfg.memory.prompts_per_pass is None
+
+
+@pytest.mark.parametrize("overrides, said", [
+    (["loss=masks"], "loss=masks_semantic or loss=boxes"),
+    (["memory.prompts_per_pass=2"], "memory.prompts_per_pass=2: full fine-tuning has no passes"),
+])
+def test_full_fine_tuning_refuses_what_it_cannot_train(overrides: list, said: str) -> None:
+    cfg = compose_config("tiny_full", [DATA, *overrides])
+    with pytest.raises(InstantiationException, match=said):
+        instantiate(cfg.trainer.model, _convert_="all")
